@@ -1,0 +1,152 @@
+"""What all commands share: how flags are read, how errors end them, and the `aicsd` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from aicsd_deploy import __version__
+from aicsd_deploy.console import say
+from aicsd_deploy.errors import AicsdError
+from aicsd_deploy.files import write_json
+
+SCRIPTS = {
+    "teacher": ("train/teacher.py", "train a teacher"),
+    "distill": ("train/distill.py", "distil a student from a teacher"),
+    "evaluate": ("train/evaluate.py", "score an artefact on a data set"),
+    "export": ("export/to_onnx.py", "turn a checkpoint into an ONNX file"),
+    "tensorrt": ("export/to_trt.py", "turn an ONNX file into a TensorRT engine"),
+    "benchmark": ("demo/benchmark.py", "measure accuracy and latency of artefacts side by side"),
+    "video": ("demo/video.py", "segment a video"),
+    "quickstart": ("demo/quickstart.py", "run the whole chain on built-in data"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that explains itself with the script's docstring and lists every default."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            prog=Path(sys.argv[0]).name,
+            description=description,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        say(f"error: {message}\nSee {self.prog} --help for every flag.")
+        raise SystemExit(2)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.default is not None and action.default is not argparse.SUPPRESS and action.option_strings
+        return text + (" (default: %(default)s)" if shown and action.nargs != 0 else "")
+
+
+def size_hw(text: str) -> tuple[int, int]:
+    """Read "360x480" as (height, width), both in pixels."""
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write HEIGHTxWIDTH, for example 360x480") from None
+    if not (16 <= height <= 8192 and 16 <= width <= 8192):
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range; height and width must be 16 to 8192 pixels")
+    return height, width
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number above zero."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small; give 1 or more")
+    return value
+
+
+def device_name(text: str) -> str:
+    """Read "auto", "cpu", "cuda" or "cuda:N"."""
+    if text in ("auto", "cpu", "cuda") or (text.startswith("cuda:") and text[5:].isdigit()):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not a device; give auto, cpu, cuda or cuda:N")
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--json FILE`, which `write_result` serves."""
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result as JSON to FILE (- for standard output)"
+    )
+
+
+def write_result(result: dict[str, Any], path: Path | None) -> None:
+    """Write a command's result where `--json` asked for it."""
+    if path is None:
+        return
+    if str(path) == "-":
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        write_json(path, result)
+
+
+def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Run a command and end the process: 0 done, 2 bad input, 3 verification failed, 1 a fault of ours, 130 interrupted."""
+    try:
+        command(None)
+    except AicsdError as error:
+        _fail(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except MemoryError:
+        _fail("error: out of memory. Use a smaller --batch-size or --image-size.", 2)
+    except OSError as error:
+        _fail(
+            f"error: {error.filename or 'a file'}: {error.strerror or error}. Check the path, its rights and the disk.",
+            2,
+        )
+    except Exception as error:
+        _fail(
+            f"internal error: {type(error).__name__}: {error}\nRun again with --debug for the traceback and report it.",
+            1,
+        )
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if "--debug" in sys.argv:
+        raise  # inside the except block of `run`
+    say(message)
+    sys.exit(code)
+
+
+def main() -> NoReturn:
+    """Run `aicsd COMMAND …`: the same scripts that a checkout runs with `python train/distill.py` and so on."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        say("usage: aicsd COMMAND [FLAGS]   (aicsd COMMAND --help explains a command)\n")
+        say("\n".join(f"  {name:<11} {text}" for name, (_, text) in SCRIPTS.items()))
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    if sys.argv[1] == "--version":
+        print(__version__)
+        sys.exit(0)
+    if sys.argv[1] not in SCRIPTS:
+        say(f"error: aicsd has no command {sys.argv[1]!r}; it has {', '.join(SCRIPTS)}.")
+        sys.exit(2)
+    packaged = Path(__file__).parent / "scripts"
+    script = (packaged if packaged.is_dir() else Path(__file__).parents[1]) / SCRIPTS[sys.argv[1]][0]
+    sys.argv = [str(script), *sys.argv[2:]]
+    runpy.run_path(str(script), run_name="__main__")
+    sys.exit(0)

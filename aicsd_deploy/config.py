@@ -1,0 +1,176 @@
+"""The settings of a training run: one pydantic model that is the YAML file, the flags and what a checkpoint records."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from aicsd_deploy.cli import Parser, device_name, size_hw
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import existing_file
+
+
+def _read_size(value: Any) -> Any:
+    return size_hw(value) if isinstance(value, str) else value
+
+
+SizeHW = Annotated[tuple[int, int], BeforeValidator(_read_size)]
+Method = Literal["none", "kd", "icsd", "aicsd"]
+C = TypeVar("C", bound="TrainConfig")
+
+
+class TrainConfig(BaseModel):
+    """What both teacher and student training take; the descriptions are the flags' help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    data: str = Field("synthetic", description="data set: synthetic, camvid:PATH or folder:PATH")
+    model: str = Field(
+        "deeplabv3plus_resnet18",
+        description="network: see README, or smp:ARCHITECTURE:ENCODER, or package.module:function",
+    )
+    backbone_weights: Path | None = Field(
+        None, description="local file with the backbone's ImageNet weights (torchvision's state dict)"
+    )
+    image_size: SizeHW | None = Field(
+        None, description="size the network works on, HEIGHTxWIDTH (default: the size of the images)"
+    )
+    epochs: int = Field(40, ge=1, description="passes over the training images")
+    batch_size: int = Field(16, ge=2, description="images per step; batch normalisation needs at least 2")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has momentum 0.9, as in the paper")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate; falls to 0 as (1 - progress) to the power 0.9")
+    backbone_lr_factor: float | None = Field(
+        None,
+        ge=0,
+        description="learning rate of the backbone relative to --lr (default: 0.1 with --backbone-weights, else 1)",
+    )
+    weight_decay: float = Field(5e-4, ge=0, description="weight decay")
+    warmup_steps: int = Field(50, ge=0, description="steps over which the learning rate rises from 0")
+    clip_norm: float = Field(5.0, gt=0, description="the gradient's norm is cut to this")
+    scale: tuple[float, float] = Field(
+        (0.75, 1.5), description="range of the random scale: two factors; 0.5 2.0 is the papers' usual"
+    )
+    color_jitter: float = Field(0.3, ge=0, le=0.9, description="strength of random brightness, contrast and saturation")
+    flip: bool = Field(True, description="mirror half of the images")
+    val_every: int = Field(5, ge=1, description="epochs between two validations (the last epoch always has one)")
+    save_every: int = Field(100, ge=1, description="steps between two saves of last.pt (every validation saves too)")
+    log_every: int = Field(20, ge=1, description="steps between two lines of the log")
+    seed: int = Field(0, ge=0, description="seed of the weights, the order and the augmentation")
+    workers: int = Field(0, ge=0, description="processes that prepare images; 0 does it in the training process")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads for the network (default: all cores); 1 makes CPU runs repeatable to the bit",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.scale
+        if not 0 < low <= high <= 8:
+            raise ValueError(f"scale {low} {high}: give two factors, the smaller first, above 0 and up to 8")
+        try:
+            device_name(self.device)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"device: {error}") from None
+        return self
+
+
+class DistillConfig(TrainConfig):
+    """What distillation takes besides."""
+
+    teacher: Path | None = Field(
+        None,
+        description="the teacher's checkpoint (default: the newest teacher under runs/ for this data; trained first if there is none)",
+    )
+    model: str = Field(
+        "lraspp_mobilenetv2",
+        description="the student network: see README, or smp:ARCHITECTURE:ENCODER, or package.module:function",
+    )
+    method: Method = Field(
+        "aicsd",
+        description="none: labels only; kd: pixel-wise distillation; icsd: inter-class similarity distillation; aicsd: both, weighted by ALW",
+    )
+    lambda_icsd: float = Field(100.0, ge=0, description="weight of the ICSD term")
+    lambda_kd: float = Field(1.0, ge=0, description="weight of the pixel-wise term")
+    temperature: float = Field(1.0, gt=0, description="temperature of both terms")
+    icsd_normalize: Literal["row", "none"] = Field(
+        "row",
+        description="row: rows of the similarity matrix are scaled to length 1, so that lambda carries over between sizes; none: raw",
+    )
+
+
+def add_config_flags(parser: Parser, config: type[TrainConfig], *, renamed: dict[str, str] | None = None) -> None:
+    """Add one flag per setting of `config`, besides `--config FILE`; `renamed` gives settings other flag names."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file with any of the settings below; flags go before it"
+    )
+    for name, field in config.model_fields.items():
+        flag = "--" + (renamed or {}).get(name, name).replace("_", "-")
+        help_text = (field.description or "") + (
+            "" if field.default is None else f" (default: {_shown(field.default)})"
+        )
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
+        kind = _plain_type(field.annotation)
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif typing.get_origin(kind) is Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), **options)
+        elif name == "image_size":
+            parser.add_argument(flag, type=size_hw, metavar="HxW", **options)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(flag, type=float, nargs=2, metavar=("LOW", "HIGH"), **options)
+        else:
+            metavar = {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
+            parser.add_argument(flag, type=kind, metavar=metavar, **options)
+
+
+def read_config(config: type[C], args: argparse.Namespace) -> C:
+    """Return the settings: what flags say, else what the file of `--config` says, else the defaults.
+
+    Raises:
+        InputError: the file is no YAML mapping, names a setting that there is not, or a value is out of range.
+    """
+    values: dict[str, Any] = {}
+    if args.config is not None:
+        path = existing_file(args.config, "The file of --config")
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, dict):
+            raise InputError(f"{path} must hold settings as `name: value` lines.")
+        values |= {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    values |= {name: getattr(args, name) for name in config.model_fields if hasattr(args, name)}
+    return validated(config, values)
+
+
+def validated(config: type[C], values: dict[str, Any]) -> C:
+    """Return a config, or raise InputError that names each wrong setting."""
+    try:
+        return config(**values)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']} (given: {e['input']!r})"
+            for e in error.errors()[:8]
+        ]
+        known = f"\nSettings there are: {', '.join(config.model_fields)}." if "extra_forbidden" in str(error) else ""
+        raise InputError("The settings cannot be used:\n" + "\n".join(lines) + known) from error
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return X for `X | None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)

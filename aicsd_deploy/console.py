@@ -1,0 +1,89 @@
+"""What commands print: tables, and progress with the time that is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Advance(Protocol):
+    """Reports that one more unit is done; `note` is shown beside the bar."""
+
+    def __call__(self, note: str = "") -> None: ...
+
+
+def say(text: str = "") -> None:
+    """Print one line for the person at the terminal: to standard error, so that `--json -` keeps standard output clean."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(str(row[i])) for row in [headers, *rows]) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(headers), "| " + " | ".join(rule) + " |", *(line(row) for row in rows)])
+
+
+def percent(fraction: float | None) -> str:
+    """Return a score for reading: 0.5123 becomes 51.23, a missing one a dash."""
+    return "–" if fraction is None else f"{100 * fraction:.2f}"
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Advance]:
+    """Show a bar with the time left on a terminal, and a line every ten seconds where output goes to a file.
+
+    Args:
+        description: what is being done.
+        total: how many units there are; None where nobody knows.
+    """
+    bar = _rich_bar() if sys.stderr.isatty() else None
+    if bar is None:
+        yield _line_printer(description, total)
+        return
+    with bar:
+        task = bar.add_task(description, total=total, note="")
+        yield lambda note="": bar.update(task, advance=1, note=note)
+
+
+def _rich_bar() -> Any:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:  # a device that only runs the student need not have it
+        return None
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _line_printer(description: str, total: int | None, every_s: float = 10.0) -> Advance:
+    done = 0
+    start = last = time.monotonic()
+
+    def advance(note: str = "") -> None:
+        nonlocal done, last
+        done += 1
+        now = time.monotonic()
+        if now - last < every_s and done != total:
+            return
+        last = now
+        left = "" if total is None else f", {(now - start) / done * (total - done):.0f} s left"
+        say(f"{description}: {done}{'' if total is None else f'/{total}'}{left}  {note}")
+
+    return advance

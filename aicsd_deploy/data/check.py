@@ -1,0 +1,109 @@
+"""Looking at a whole data set before training starts, so that a bad file stops a run at its first minute, not its last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from aicsd_deploy.console import progress, table
+from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import atomic_path
+from aicsd_deploy.metadata import IGNORE_LABEL
+from aicsd_deploy.video.overlay import Overlay
+
+MOST_PROBLEMS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What is in one split.
+
+    Attributes:
+        pixels: how many pixels each class has, int64 (C + 1); the last entry counts the ignored ones.
+        images_with: in how many images each class occurs, int64 (C + 1).
+        sizes_hw: the sizes of the images, with how often each occurs.
+    """
+
+    dataset: SegmentationDataset
+    pixels: npt.NDArray[np.int64]
+    images_with: npt.NDArray[np.int64]
+    sizes_hw: dict[tuple[int, int], int]
+
+    def to_text(self) -> str:
+        """Return a table of the classes with their label ids, pixels and images."""
+        total = max(int(self.pixels.sum()), 1)
+        names = [*(c.name for c in self.dataset.classes), "ignored"]
+        ids = [*(str(i) for i in range(len(self.dataset.classes))), str(IGNORE_LABEL)]
+        rows = [
+            [name, i, f"{n}", f"{100 * n / total:.2f}", f"{k}"]
+            for name, i, n, k in zip(names, ids, self.pixels, self.images_with, strict=True)
+        ]
+        sizes = ", ".join(
+            f"{h}x{w} ({n})" for (h, w), n in sorted(self.sizes_hw.items(), key=lambda item: -item[1])[:5]
+        )
+        head = f"{self.dataset.spec}, {self.dataset.split}: {len(self.dataset)} images, HxW {sizes}"
+        return head + "\n" + table(["class", "id", "pixels", "% of all", "in images"], rows)
+
+
+def check_dataset(dataset: SegmentationDataset) -> DataReport:
+    """Load every image and its labels once.
+
+    Raises:
+        InputError: with up to ten of the files that cannot be used, each with the reason; or no pixel has a label.
+    """
+    classes = len(dataset.classes)
+    counts = np.zeros((len(dataset), classes + 1), dtype=np.int64)
+    sizes: dict[tuple[int, int], int] = {}
+    problems: list[str] = []
+
+    def look(index: int) -> tuple[int, int] | InputError:
+        try:
+            image, labels = dataset.load(index)
+        except InputError as error:
+            return error
+        found = np.bincount(labels.ravel(), minlength=256)
+        counts[index] = [*found[:classes], found[IGNORE_LABEL]]
+        return (image.shape[0], image.shape[1])
+
+    with ThreadPoolExecutor(8) as pool, progress(f"checking {dataset.spec} ({dataset.split})", len(dataset)) as advance:
+        for result in pool.map(look, range(len(dataset))):
+            advance()
+            if isinstance(result, InputError):
+                problems.append(str(result))
+            else:
+                sizes[result] = sizes.get(result, 0) + 1
+    if problems:
+        more = f"\n… and {len(problems) - MOST_PROBLEMS_SHOWN} more" if len(problems) > MOST_PROBLEMS_SHOWN else ""
+        raise InputError(
+            f"{len(problems)} of {len(dataset)} images of {dataset.spec} ({dataset.split}) cannot be used:\n"
+            + "\n".join(problems[:MOST_PROBLEMS_SHOWN])
+            + more
+        )
+    if not counts[:, :classes].any():
+        raise InputError(
+            f"No pixel of {dataset.spec} ({dataset.split}) has a class: all are ignored. Check classes.txt."
+        )
+    return DataReport(dataset, counts.sum(axis=0), (counts > 0).sum(axis=0), sizes)
+
+
+def write_overlays(dataset: SegmentationDataset, folder: Path, *, count: int = 6) -> list[Path]:
+    """Write a few images with their labels blended over them, evenly spread over the data set, as PNG files."""
+    overlay = Overlay(dataset.classes, opacity=0.6)
+    indices: Sequence[int] = sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))})
+    paths = []
+    for index in indices:
+        image, labels = dataset.load(index)
+        frame = np.ascontiguousarray(image[..., ::-1])
+        picture = np.hstack([frame, overlay.draw(frame.copy(), labels)])
+        path = folder / f"{dataset.split}_{dataset.name(index)}.png"
+        with atomic_path(path) as temporary:
+            cv2.imwrite(str(temporary), picture)
+        paths.append(path)
+    return paths

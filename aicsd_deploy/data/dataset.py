@@ -1,0 +1,180 @@
+"""Labelled images, wherever they come from: one interface, one checked way to read files, one cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
+from aicsd_deploy.runtime.base import UInt8Array
+
+LabelledImage = tuple[UInt8Array, UInt8Array]
+"""A picture, uint8 (H, W, 3) in red, green, blue, and its labels, uint8 (H, W): class indices, 255 where ignored."""
+
+
+class SegmentationDataset(ABC):
+    """Labelled images of one split.
+
+    Attributes:
+        classes: the classes, in the order of the label values that `load` gives.
+        spec: how a user names this data set, for example "camvid:/data/camvid".
+        split: "train", "val" or "test".
+    """
+
+    classes: tuple[SegClass, ...]
+    spec: str
+    split: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return a short name of one image, for messages and pictures."""
+
+    @abstractmethod
+    def load(self, index: int) -> LabelledImage:
+        """Read one image and its labels.
+
+        Raises:
+            InputError: a file is missing, damaged, of another size, or holds a label value that no class has.
+        """
+
+
+@dataclass(frozen=True)
+class FilePair:
+    """An image file and the file with its labels."""
+
+    image: Path
+    labels: Path
+
+
+class FileDataset(SegmentationDataset):
+    """Images and index masks in files."""
+
+    def __init__(
+        self,
+        pairs: Sequence[FilePair],
+        *,
+        classes: tuple[SegClass, ...],
+        label_values: Mapping[int, int],
+        spec: str,
+        split: str,
+    ) -> None:
+        """Keep the list of files; nothing is read yet.
+
+        Args:
+            pairs: the files, in order.
+            classes: the classes in the order of their indices.
+            label_values: value in the mask → class index, or 255 where it is to be ignored.
+            spec: see `SegmentationDataset`.
+            split: see `SegmentationDataset`.
+        """
+        self.pairs = list(pairs)
+        self.classes = classes
+        self.spec = spec
+        self.split = split
+        self._known_values = sorted(label_values)
+        self._to_index = np.full(256, IGNORE_LABEL, dtype=np.uint8)
+        self._is_known = np.zeros(256, dtype=bool)
+        for value, index in {IGNORE_LABEL: IGNORE_LABEL, **label_values}.items():
+            self._to_index[value] = index
+            self._is_known[value] = True
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return self.pairs[index].image.stem
+
+    def load(self, index: int) -> LabelledImage:
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        values = read_mask(pair.labels)
+        if values.shape != image.shape[:2]:
+            raise InputError(
+                f"{pair.labels} is {values.shape[0]}x{values.shape[1]} (HxW) but its image {pair.image.name} is "
+                f"{image.shape[0]}x{image.shape[1]}. Labels must have the size of their image."
+            )
+        present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+        unknown = present[~self._is_known[present]]
+        if unknown.size:
+            raise InputError(
+                f"{pair.labels} holds label value{'s' if unknown.size > 1 else ''} {', '.join(map(str, unknown))}, which no "
+                f"class has (known: {', '.join(map(str, self._known_values))}; 255 is ignored). Correct the mask or the class list."
+            )
+        return image, self._to_index[values]
+
+
+class CachedDataset(SegmentationDataset):
+    """Keeps what it has once loaded in memory, up to a limit; past it, images are read anew each time."""
+
+    def __init__(self, dataset: SegmentationDataset, *, limit_bytes: int = 2 * 2**30) -> None:
+        self.dataset = dataset
+        self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
+        self._kept: dict[int, LabelledImage] = {}
+        self._room_bytes = limit_bytes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(index)
+
+    def load(self, index: int) -> LabelledImage:
+        pair = self._kept.get(index)
+        if pair is None:
+            pair = self.dataset.load(index)
+            size = pair[0].nbytes + pair[1].nbytes
+            if size <= self._room_bytes:
+                self._room_bytes -= size
+                self._kept[index] = pair
+        return pair
+
+
+def read_image(path: Path) -> UInt8Array:
+    """Read a picture as uint8 (H, W, 3), red, green, blue; grey ones become colour, EXIF rotation is left alone.
+
+    Raises:
+        InputError: the file is missing, no picture, or damaged.
+    """
+    with _opened(path, "image") as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def read_mask(path: Path) -> UInt8Array:
+    """Read an index mask (one channel, or a palette picture whose indices count) as uint8 (H, W).
+
+    Raises:
+        InputError: the file is missing, no picture, damaged, or a colour picture.
+    """
+    with _opened(path, "label") as picture:
+        if picture.mode not in ("L", "P", "1", "I", "I;16"):
+            raise InputError(
+                f"{path} is a colour picture (mode {picture.mode}), but labels must be index masks: one channel, whose "
+                "values are class indices. Convert the colours to indices first."
+            )
+        values = np.asarray(picture)
+        if values.size and (values.max() > 255 or values.min() < 0):
+            raise InputError(f"{path} holds label values {values.min()} to {values.max()}; they must lie in 0 to 255.")
+        return values.astype(np.uint8)
+
+
+def _opened(path: Path, what: str) -> Image.Image:
+    try:
+        picture = Image.open(path)
+        picture.load()
+        return picture
+    except FileNotFoundError as error:
+        raise InputError(f"The {what} file {path} does not exist.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise InputError(
+            f"The {what} file {path} ({size} bytes) is no picture that can be read, or is damaged: {error}."
+        ) from error

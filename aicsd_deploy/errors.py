@@ -1,0 +1,23 @@
+"""The errors a user can meet, and the exit code each one ends a command with."""
+
+from __future__ import annotations
+
+
+class AicsdError(Exception):
+    """Base of every error that is the user's to mend; its text says what is wrong, why it matters and what to do."""
+
+    exit_code = 2
+
+
+class InputError(AicsdError):
+    """A path, value, file or data set that cannot be used."""
+
+
+class MissingDependencyError(AicsdError):
+    """A package, driver or device that the asked-for work needs and that is not there."""
+
+
+class VerificationError(AicsdError):
+    """What was made does not behave like what it was made from, so it is not kept."""
+
+    exit_code = 3

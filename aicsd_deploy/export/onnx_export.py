@@ -1,0 +1,115 @@
+"""A checkpoint as an ONNX file: one graph with preprocessing, network, upsampling and argmax, and its metadata inside."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Collection
+from itertools import pairwise
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from aicsd_deploy.checkpoint import Checkpoint
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.export.deploy_module import DeployModule
+from aicsd_deploy.metadata import ONNX_KEY, Metadata
+
+OPSET = 18
+"""Read by TensorRT 10 and 11 and by every ONNX Runtime since 1.15."""
+INPUT, OUTPUT = "frames", "labels"
+
+
+def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset: int = OPSET) -> None:
+    """Write the deployed graph of a checkpoint.
+
+    Args:
+        checkpoint: the trained network.
+        metadata: what the file is to say about itself; its image size, channel order and `dynamic` shape the graph.
+        path: the file to write.
+        opset: ONNX operator set.
+
+    Raises:
+        InputError: PyTorch cannot export this network.
+    """
+    network = checkpoint.build()
+    fuse_batch_norm(network)
+    module = DeployModule(network, metadata).eval()
+    height, width = metadata.image_size_hw
+    # An example batch of 1 would be taken for a constant.
+    frames = torch.zeros((2 if "batch" in metadata.dynamic else 1, height, width, 3), dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (frames,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=(_dynamic_shapes(metadata.dynamic),),
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise InputError(
+            f"PyTorch {torch.__version__} cannot export {metadata.model} with dynamic {sorted(metadata.dynamic) or 'nothing'}: "
+            f"{str(error).strip().splitlines()[0][:300]}. Try it without --dynamic size."
+        ) from error
+    assert program is not None
+    model = program.model_proto
+    found = {entry.domain: entry.version for entry in model.opset_import}.get("")
+    if found != opset:
+        raise InputError(
+            f"Opset {opset} was asked for but PyTorch can only write {found} for this network. Use --opset {found}."
+        )
+    entry = model.metadata_props.add()
+    entry.key, entry.value = ONNX_KEY, json.dumps(metadata.to_dict())
+    onnx.checker.check_model(model)
+    onnx.save_model(model, str(path))
+
+
+def fuse_batch_norm(network: nn.Module) -> None:
+    """Fold every batch normalisation that directly follows a convolution into it, in place.
+
+    The exporter does so only for some graphs; folding here makes the file independent of that.
+    """
+    for module in network.modules():
+        if not isinstance(module, nn.Sequential):
+            continue
+        children = list(module.named_children())
+        for (name, first), (next_name, second) in pairwise(children):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(first, second))
+                setattr(module, next_name, nn.Identity())
+
+
+def _dynamic_shapes(dynamic: Collection[str]) -> dict[int, torch.export.Dim] | None:
+    shapes = {}
+    if "batch" in dynamic:
+        shapes[0] = torch.export.Dim("batch", min=1, max=256)
+    if "size" in dynamic:
+        shapes[1] = torch.export.Dim("height", min=32, max=8192)
+        shapes[2] = torch.export.Dim("width", min=32, max=8192)
+    return shapes or None
+
+
+class _quiet:
+    """Keeps the exporter's notes about what it does off the terminal."""
+
+    def __init__(self, *loggers: str) -> None:
+        self._loggers = [logging.getLogger(name) for name in loggers]
+
+    def __enter__(self) -> None:
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)

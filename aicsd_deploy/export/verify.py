@@ -1,0 +1,88 @@
+"""The gate: what was exported must label real frames as the checkpoint does, or it is not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.errors import VerificationError
+from aicsd_deploy.runtime.base import Backend, UInt8Array
+from aicsd_deploy.runtime.frames import resize_image
+
+MIN_AGREEMENT = 0.995
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two backends agree.
+
+    Attributes:
+        share: part of all pixels that both label alike, 0 to 1.
+        by_size: the same for every frame size that was tried, HxW.
+        by_class: for every class, the part of the reference's pixels that the other labels alike; None where it has none.
+        frames: how many frames were compared, counted once a size.
+    """
+
+    share: float
+    by_size: dict[str, float]
+    by_class: dict[str, float | None]
+    frames: int
+
+
+def frames_for_comparison(dataset: SegmentationDataset, *, count: int) -> list[UInt8Array]:
+    """Return real frames, uint8 (H, W, 3) in blue, green, red, evenly spread over a data set."""
+    indices = sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))})
+    return [np.ascontiguousarray(dataset.load(i)[0][..., ::-1]) for i in indices]
+
+
+def compare(reference: Backend, candidate: Backend, frames_bgr: Sequence[UInt8Array]) -> Agreement:
+    """Label frames with both backends and count the pixels on which they agree.
+
+    Where the candidate takes any size, three sizes are tried: its own, half and one and a half times that, in steps of 32.
+    Where it takes any batch, the frames also go through it in one batch.
+    """
+    classes = reference.metadata.class_names
+    alike, total = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
+    by_size: dict[str, float] = {}
+    for size in _sizes(candidate):
+        frames = np.stack([resize_image(frame, size) for frame in frames_bgr])
+        if candidate.metadata.channel_order == "rgb":
+            frames = np.ascontiguousarray(frames[..., ::-1])
+        expected = np.concatenate([reference.infer(frame[None]) for frame in frames])
+        if "batch" in candidate.metadata.dynamic:
+            found = candidate.infer(frames)
+        else:
+            found = np.concatenate([candidate.infer(frame[None]) for frame in frames])
+        same = expected == found
+        by_size[f"{size[0]}x{size[1]}"] = float(same.mean())
+        total += np.bincount(expected.ravel(), minlength=len(classes))
+        alike += np.bincount(expected[same].ravel(), minlength=len(classes))
+    by_class = {n: float(a / t) if t else None for n, a, t in zip(classes, alike, total, strict=True)}
+    return Agreement(float(alike.sum() / total.sum()), by_size, by_class, len(frames_bgr))
+
+
+def require_agreement(agreement: Agreement, *, what: str, minimum: float = MIN_AGREEMENT) -> None:
+    """Raise VerificationError where any size agrees on fewer pixels than `minimum`, naming the worst classes."""
+    worst_size, worst = min(agreement.by_size.items(), key=lambda item: item[1])
+    if worst >= minimum:
+        return
+    known = {name: share for name, share in agreement.by_class.items() if share is not None}
+    classes = ", ".join(
+        f"{name} {100 * share:.1f} %" for name, share in sorted(known.items(), key=lambda item: item[1])[:3]
+    )
+    raise VerificationError(
+        f"{what} does not do what the checkpoint does: at {worst_size} they agree on {100 * worst:.2f} % of the pixels, at "
+        f"least {100 * minimum:.2f} % are required (worst classes: {classes}). It was not kept. "
+        "Export without --dynamic size, or report the network."
+    )
+
+
+def _sizes(candidate: Backend) -> list[tuple[int, int]]:
+    own = candidate.metadata.image_size_hw
+    if "size" not in candidate.metadata.dynamic:
+        return [own]
+    scaled = [(max(64, 32 * round(own[0] * f / 32)), max(64, 32 * round(own[1] * f / 32))) for f in (0.5, 1.5)]
+    return [own, *(size for size in scaled if size != own)]

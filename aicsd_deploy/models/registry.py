@@ -1,0 +1,117 @@
+"""Networks by name: ours, segmentation_models_pytorch's, and your own function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torch import nn
+
+from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.models.backbones import Backbone, mobilenet_v2, resnet
+from aicsd_deploy.models.deeplab import DeepLabV3Plus
+from aicsd_deploy.models.lraspp import LRASPP
+
+_BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "resnet101": lambda weights: resnet(101, weights=weights),
+    "resnet50": lambda weights: resnet(50, weights=weights),
+    "resnet18": lambda weights: resnet(18, weights=weights),
+    "mobilenetv2": lambda weights: mobilenet_v2(weights=weights),
+}
+_HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {"deeplabv3plus": DeepLabV3Plus, "lraspp": LRASPP}
+MODEL_NAMES = tuple(f"{head}_{backbone}" for head in _HEADS for backbone in _BACKBONES)
+
+
+TRUST_VARIABLE = "AICSD_TRUST"
+_trusted: set[str] = set()
+
+
+def build_model(
+    name: str, *, num_classes: int, backbone_weights: Path | str | None = None, from_artifact: bool = False
+) -> nn.Module:
+    """Return a network that maps normalised images (B, 3, H, W) to logits (B, num_classes, h, w) at its own stride.
+
+    Args:
+        name: one of `MODEL_NAMES`; `smp:ARCHITECTURE:ENCODER` for segmentation_models_pytorch (`smp:DeepLabV3Plus:resnet34`);
+            `package.module:function` for your own, called as `function(num_classes)`.
+        num_classes: how many classes the network tells apart.
+        backbone_weights: a local file with the state dict of torchvision's classification network; None starts at random.
+        from_artifact: the name was read from a file and not given by the user: your own code is then run only if this
+            process has built it before by the user's word, or the environment variable AICSD_TRUST names it.
+
+    Raises:
+        InputError: there is no such network, the weights are of another one, or an artefact names code that is not trusted.
+        MissingDependencyError: segmentation_models_pytorch is asked for and not installed.
+    """
+    weights = None if backbone_weights is None else Path(backbone_weights)
+    if name in MODEL_NAMES:
+        head, backbone = name.split("_")
+        return _HEADS[head](_BACKBONES[backbone](weights=weights), num_classes)
+    if weights is not None:
+        raise InputError(
+            f"--backbone-weights serves {', '.join(MODEL_NAMES)}; load the weights of {name} in its own code."
+        )
+    if name.startswith("smp:"):
+        return _from_smp(name, num_classes)
+    if ":" in name:
+        if from_artifact and name not in _trusted | set(os.environ.get(TRUST_VARIABLE, "").split(",")):
+            raise InputError(
+                f"This checkpoint asks for your own code {name!r}. Nothing that a file names is run unless you say so: set "
+                f"{TRUST_VARIABLE}={name} if you trust it."
+            )
+        _trusted.add(name)
+        return _from_callable(name, num_classes)
+    raise InputError(
+        f"There is no network {name!r}. There are {', '.join(MODEL_NAMES)}; smp:ARCHITECTURE:ENCODER; and your own as "
+        "package.module:function."
+    )
+
+
+def backbone_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
+    """Return the parameters of the part that usually starts pretrained; none where the network names no such part."""
+    part = getattr(model, "backbone", None) or getattr(model, "encoder", None)
+    return part.parameters() if isinstance(part, nn.Module) else iter(())
+
+
+def _from_smp(name: str, num_classes: int) -> nn.Module:
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{name} needs segmentation_models_pytorch. Install it with: pip install 'aicsd-deploy[models]'"
+        ) from error
+    try:
+        _, architecture, encoder = name.split(":")
+        model: nn.Module = smp.create_model(architecture, encoder, encoder_weights=None, classes=num_classes)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"segmentation_models_pytorch has no {name!r}: {error}. Write smp:DeepLabV3Plus:resnet34."
+        ) from error
+    # Its heads end in (convolution, upsampling, activation); what we need are the logits before the upsampling.
+    head = getattr(model, "segmentation_head", None)
+    if (
+        isinstance(head, nn.Sequential)
+        and len(head) == 3
+        and isinstance(head[1], nn.Upsample | nn.UpsamplingBilinear2d)
+    ):
+        head[1] = nn.Identity()
+    return model
+
+
+def _from_callable(name: str, num_classes: int) -> nn.Module:
+    module_name, function_name = name.split(":", 1)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"{name!r} cannot be imported: {error}. It must be importable from the working folder."
+        ) from error
+    model = function(num_classes)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name}({num_classes}) returned {type(model).__name__}, not a torch.nn.Module.")
+    return model

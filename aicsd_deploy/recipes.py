@@ -1,0 +1,187 @@
+"""What the training commands do: data checked, networks built, trained, scored and summed up in one run folder."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint
+from aicsd_deploy.config import DistillConfig, TrainConfig
+from aicsd_deploy.console import percent, say, table
+from aicsd_deploy.data.check import check_dataset
+from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.data.transforms import derived_seed
+from aicsd_deploy.distiller import Distiller
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.evaluate import check_same_classes, evaluate
+from aicsd_deploy.export.deploy_module import Normalize
+from aicsd_deploy.files import write_json
+from aicsd_deploy.metadata import Metadata, provenance
+from aicsd_deploy.models import build_model
+from aicsd_deploy.runs import newest_checkpoint
+from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device
+from aicsd_deploy.tracking import draw_overlays, plot_confusion, plot_curves
+from aicsd_deploy.trainer import BEST, LAST, Trainer
+
+
+def train_teacher(config: TrainConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Train a network on labels alone and return its summary; see `_train` for what lies in `out`."""
+    return _train(config, out, role="teacher", method="none", teacher=None, resume=resume)
+
+
+def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Distil a student and return its summary; see `_train`.
+
+    Without `config.teacher`, the newest teacher under runs/ for this data is taken, and one is trained if there is none.
+    """
+    if config.method == "none":
+        return _train(config, out, role="student", method="none", teacher=None, resume=resume)
+    path = config.teacher or newest_checkpoint(role="teacher", data=config.data)
+    if path is None:
+        path = out / "teacher" / BEST
+        say(f"There is no teacher for {config.data} yet; training one first into {path.parent}.")
+        shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields and k != "model"}
+        train_teacher(TrainConfig(**shared), path.parent, resume=True)
+    teacher = load_checkpoint(path)
+    say(f"teacher: {path} ({teacher.metadata.model})")
+    return _train(config, out, role="student", method=config.method, teacher=(path, teacher), resume=resume)
+
+
+@lru_cache(maxsize=1)  # the trainings of one process (teacher, student) share what is loaded
+def open_checked(spec: str) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """Open training and validation data, look at every file, and keep in memory what fits.
+
+    Raises:
+        InputError: files that cannot be used, or splits with other classes.
+    """
+    train_data, val_data = CachedDataset(open_dataset(spec, "train")), CachedDataset(open_dataset(spec, "val"))
+    for dataset in (train_data, val_data):
+        check_dataset(dataset)
+    return train_data, val_data
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    role: Literal["teacher", "student"],
+    method: Literal["none", "kd", "icsd", "aicsd"],
+    teacher: tuple[Path, Checkpoint] | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """Train one network into `out`: best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, confusion.png, overlays.png
+    and, when all is done, summary.json."""
+    if not resume and ((out / LAST).exists() or (out / BEST).exists()):
+        raise InputError(f"{out} already holds a run. Give --resume auto to go on with it, or another --out.")
+    started = time.monotonic()
+    device = choose_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    say(f"device: {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+    torch.manual_seed(derived_seed("weights", config.seed))
+    train_data, val_data = open_checked(config.data)
+    network = build_model(config.model, num_classes=len(train_data.classes), backbone_weights=config.backbone_weights)
+    metadata = Metadata(
+        model=config.model,
+        classes=train_data.classes,
+        image_size_hw=_image_size(config, teacher, val_data),
+        role=role,
+        method=method,
+        data=config.data,
+        provenance=provenance() | {"torch": torch.__version__},
+    )
+    teacher_network, teacher_miou = None, None
+    if teacher is not None:
+        teacher_network, teacher_miou = _ready_teacher(teacher[1], val_data, metadata, device)
+    distiller = Distiller(
+        student=nn.Sequential(Normalize(metadata), network).to(device),
+        teacher=teacher_network,
+        method=method,
+        **_weights(config),
+    )
+    Trainer(network, distiller, config, metadata, train_data, val_data, out, device).fit()
+    return _sum_up(
+        config, out, val_data, device, started=started, teacher=None if teacher is None else (teacher[0], teacher_miou)
+    )
+
+
+def _ready_teacher(
+    teacher: Checkpoint, val_data: SegmentationDataset, student: Metadata, device: torch.device
+) -> tuple[nn.Module, float]:
+    """Return the teacher, frozen and with its own normalisation, and its mIoU at the student's image size."""
+    check_same_classes(teacher.metadata.classes, val_data.classes, spec=val_data.spec)
+    network = teacher.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
+    scores = evaluate(TorchBackend(network, metadata, device=device), val_data, title="scoring the teacher")
+    miou = scores.scores(metadata.class_names).miou
+    say(f"teacher's val mIoU: {percent(miou)} %")
+    return nn.Sequential(Normalize(teacher.metadata), network).to(device).eval(), miou
+
+
+def _weights(config: TrainConfig) -> dict[str, Any]:
+    if not isinstance(config, DistillConfig):
+        return {}
+    return {k: getattr(config, k) for k in ("lambda_icsd", "lambda_kd", "temperature", "icsd_normalize")}
+
+
+def _image_size(
+    config: TrainConfig, teacher: tuple[Path, Checkpoint] | None, data: SegmentationDataset
+) -> tuple[int, int]:
+    if config.image_size is not None:
+        return config.image_size
+    if teacher is not None:
+        return teacher[1].metadata.image_size_hw
+    height, width, _ = data.load(0)[0].shape
+    return height, width
+
+
+def _sum_up(
+    config: TrainConfig,
+    out: Path,
+    val_data: SegmentationDataset,
+    device: torch.device,
+    *,
+    started: float,
+    teacher: tuple[Path, float | None] | None,
+) -> dict[str, Any]:
+    """Score best.pt once more from its file, draw the pictures, and write summary.json last of all."""
+    checkpoint = load_checkpoint(out / BEST)
+    network = checkpoint.build()
+    backend = TorchBackend(network, checkpoint.metadata, device=device)
+    matrix = evaluate(backend, val_data, title="scoring best.pt")
+    scores = matrix.scores(checkpoint.metadata.class_names)
+    plot_curves(out)
+    plot_confusion(matrix.counts, val_data.classes, out / "confusion.png")
+    draw_overlays(backend, val_data, out / "overlays.png")
+    summary = {
+        **scores.to_dict(),
+        "split": val_data.split,
+        "role": checkpoint.metadata.role,
+        "method": checkpoint.metadata.method,
+        "model": checkpoint.metadata.model,
+        "data": checkpoint.metadata.data,
+        "image_size_hw": list(checkpoint.metadata.image_size_hw),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "best_epoch": int(checkpoint.metadata.scores["epoch"]),
+        "teacher": None if teacher is None else {"path": str(teacher[0]), "miou": teacher[1]},
+        "seconds": round(time.monotonic() - started, 1),
+        "config": config.model_dump(mode="json"),
+        "provenance": checkpoint.metadata.provenance,
+    }
+    write_json(out / "summary.json", summary)
+    say(
+        table(
+            ["class", "IoU, %"],
+            [*([n, percent(v)] for n, v in scores.per_class_iou.items()), ["mean", percent(scores.miou)]],
+        )
+    )
+    say(
+        f"{checkpoint.metadata.role} {checkpoint.metadata.model} ({checkpoint.metadata.method}): val mIoU {percent(scores.miou)} %"
+    )
+    return summary

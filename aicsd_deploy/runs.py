@@ -1,0 +1,74 @@
+"""Run folders: where they are, what lies in them, and which one a command takes when none is named."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aicsd_deploy.errors import InputError
+
+RUNS = Path("runs")
+
+
+def new_run_folder(name: str) -> Path:
+    """Return a folder under runs/ that is not there yet, named by the time and `name`."""
+    return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}"
+
+
+def newest_checkpoint(*, role: str, data: str | None = None) -> Path | None:
+    """Return best.pt of the newest finished run of a role ("teacher" or "student"), distilled students first.
+
+    It goes by summary.json, which is written when a run ends, so that half-trained networks are passed over.
+    """
+    found = [
+        (summary.get("method", "none") != "none", path.stat().st_mtime, path.with_name("best.pt"))
+        for path, summary in _summaries()
+        if summary.get("role") == role and data in (None, summary.get("data")) and path.with_name("best.pt").is_file()
+    ]
+    return max(found)[2] if found else None
+
+
+def newest_artifact() -> Path:
+    """Return the newest exported student under runs/, or the newest student's checkpoint where none is exported.
+
+    Raises:
+        InputError: there is neither.
+    """
+    exported = sorted(RUNS.rglob("*.onnx"), key=lambda path: path.stat().st_mtime)
+    exported = [path for path in exported if not path.name.startswith(".")]
+    artifact = exported[-1] if exported else newest_checkpoint(role="student")
+    if artifact is None:
+        raise InputError(
+            f"No artefact was given and there is no finished student under {RUNS.resolve()}. "
+            "Name one, or make one first: python train/distill.py"
+        )
+    return artifact
+
+
+def newest_comparison() -> list[Path]:
+    """Return what a benchmark without arguments compares: the newest student's teacher, the student, its exported file.
+
+    Raises:
+        InputError: there is no student.
+    """
+    student = newest_checkpoint(role="student")
+    if student is None:
+        return [newest_artifact()]
+    teacher = json.loads(student.with_name("summary.json").read_text(encoding="utf-8")).get("teacher")
+    exported = [path for path in (newest_artifact(),) if path.suffix != ".pt"]
+    teachers = [Path(teacher["path"])] if teacher and Path(teacher["path"]).is_file() else []
+    return [*teachers, student, *exported]
+
+
+def _summaries() -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in RUNS.rglob("summary.json"):
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(summary, dict):
+            yield path, summary

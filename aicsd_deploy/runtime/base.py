@@ -1,0 +1,101 @@
+"""The one contract of everything that runs a network: uint8 frames in, uint8 labels out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.files import existing_file
+from aicsd_deploy.metadata import Metadata
+
+UInt8Array = npt.NDArray[np.uint8]
+SUFFIXES = (".pt", ".onnx", ".plan")
+
+
+class Backend(ABC):
+    """A network that is loaded and ready to run.
+
+    Attributes:
+        metadata: what the artefact says about itself.
+        name: runtime and provider that really run, for example "onnxruntime CPU".
+        device: "cpu", "cuda:0", ...
+    """
+
+    metadata: Metadata
+    name: str
+    device: str
+
+    @abstractmethod
+    def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
+        """Segment a batch of frames.
+
+        Args:
+            frames_NHWC: uint8 (N, H, W, 3), channels in `metadata.channel_order`. H and W are `metadata.image_size_hw`
+                unless "size" is in `metadata.dynamic`; N is 1 unless "batch" is.
+
+        Returns:
+            uint8 (N, H, W): class index of every pixel.
+
+        Raises:
+            InputError: the frames have another shape or type than the artefact takes.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to release
+        """Release what the backend holds; it is not used after."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check_frames(self, frames_NHWC: UInt8Array) -> None:
+        """Raise InputError unless `frames_NHWC` fits what `infer` takes."""
+        shape, height_width = frames_NHWC.shape, self.metadata.image_size_hw
+        if frames_NHWC.dtype != np.uint8 or frames_NHWC.ndim != 4 or shape[3] != 3 or 0 in shape:
+            raise InputError(f"Frames must be uint8 (N, H, W, 3), not {frames_NHWC.dtype} {shape}.")
+        if "size" not in self.metadata.dynamic and shape[1:3] != height_width:
+            raise InputError(
+                f"This artefact takes frames of {height_width[0]}x{height_width[1]} (HxW), not {shape[1]}x{shape[2]}. "
+                "Resize them, or export with --dynamic size."
+            )
+        if "batch" not in self.metadata.dynamic and shape[0] != 1:
+            raise InputError(f"This artefact takes one frame at a time, not {shape[0]}. Export with --dynamic batch.")
+
+
+def open_backend(path: Path | str, *, device: str = "auto", threads: int | None = None) -> Backend:
+    """Load an artefact and make it ready to run.
+
+    Args:
+        path: a .pt checkpoint, an .onnx file or a TensorRT .plan.
+        device: "auto" (a GPU where the runtime can use one, else the CPU), "cpu", "cuda" or "cuda:N".
+        threads: CPU threads the network may use; None leaves it to the runtime.
+
+    Raises:
+        InputError: the file is missing, damaged, or not one of the three kinds.
+        MissingDependencyError: the runtime or the device that it needs is not there.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path} is not an artefact this toolkit runs. It takes {', '.join(SUFFIXES)} files.")
+    existing_file(path, "The artefact")
+    # Each runtime is imported only when a file asks for it, so that a device needs only the one it uses.
+    if path.suffix.lower() == ".onnx":
+        from aicsd_deploy.runtime.ort_backend import OrtBackend
+
+        return OrtBackend(path, device=device, threads=threads)
+    if path.suffix.lower() == ".plan":
+        raise MissingDependencyError(
+            f"{path}: this version of aicsd-deploy cannot run TensorRT engines yet. Run the .onnx file it was built from."
+        )
+    from aicsd_deploy.runtime.torch_backend import TorchBackend
+
+    return TorchBackend.open(path, device=device, threads=threads)

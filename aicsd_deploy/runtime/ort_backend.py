@@ -1,0 +1,81 @@
+"""Runs an exported .onnx file in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.metadata import ONNX_KEY, Metadata
+from aicsd_deploy.runtime.base import Backend, UInt8Array
+
+
+class OrtBackend(Backend):
+    """An ONNX file in ONNX Runtime, on its CPU or CUDA provider; which of them runs is never left to chance."""
+
+    def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        """Load a file; see `open_backend`."""
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Running {path} needs ONNX Runtime. Install it with: pip install 'aicsd-deploy[cpu]' (or [gpu])"
+            ) from error
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what matters is raised below
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        wanted = _providers(ort, device)
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=wanted)
+        except Exception as error:  # its errors share no base class
+            raise InputError(
+                f"{path} is no ONNX file that ONNX Runtime {ort.__version__} can load, or it is damaged: "
+                f"{str(error).splitlines()[0][:300]}"
+            ) from error
+        self._assert_provider(device)
+        self.metadata = _read_metadata(self._session, path)
+        self.name = "onnxruntime " + self._session.get_providers()[0].removesuffix("ExecutionProvider")
+        self._input = self._session.get_inputs()[0].name
+
+    def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
+        self.check_frames(frames_NHWC)
+        (labels_NHW,) = self._session.run(None, {self._input: frames_NHWC})
+        return np.asarray(labels_NHW, dtype=np.uint8)
+
+    def _assert_provider(self, device: str) -> None:
+        """Refuse the silent change to the CPU that ONNX Runtime makes when CUDA's libraries are missing."""
+        first = self._session.get_providers()[0]
+        if device.startswith("cuda") and first != "CUDAExecutionProvider":
+            raise MissingDependencyError(
+                f"--device {device}: ONNX Runtime could not start its CUDA provider and would run on the CPU instead. Its CUDA "
+                "and cuDNN libraries or the driver are missing. Install 'aicsd-deploy[gpu]', or use --device cpu."
+            )
+        index = device.partition(":")[2] or "0"
+        self.device = f"cuda:{index}" if first == "CUDAExecutionProvider" else "cpu"
+
+
+def _providers(ort: Any, device: str) -> list[Any]:
+    cuda = ("CUDAExecutionProvider", {"device_id": device.partition(":")[2] or "0"})
+    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if device.startswith("cuda") and not has_cuda:
+        raise MissingDependencyError(
+            f"--device {device}: this ONNX Runtime ({ort.__version__}) is built for the CPU only. Uninstall onnxruntime and "
+            "install 'aicsd-deploy[gpu]', or use --device cpu."
+        )
+    if device == "cpu" or not has_cuda:
+        return ["CPUExecutionProvider"]
+    return [cuda, "CPUExecutionProvider"]
+
+
+def _read_metadata(session: Any, path: Path) -> Metadata:
+    text = session.get_modelmeta().custom_metadata_map.get(ONNX_KEY)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if text is None or len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != "tensor(uint8)":
+        raise InputError(
+            f"{path} was not exported by this toolkit: it has no aicsd-deploy metadata, or not one uint8 input and one output. "
+            "Export the checkpoint with export/to_onnx.py."
+        )
+    return Metadata.from_json(text, origin=path)

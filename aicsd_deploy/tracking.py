@@ -1,0 +1,144 @@
+"""What a run leaves for people: metrics.jsonl, TensorBoard events, curves, the confusion matrix and a page of overlays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.files import atomic_path, write_text
+from aicsd_deploy.metadata import SegClass
+from aicsd_deploy.runtime.base import Backend
+from aicsd_deploy.runtime.frames import segment
+from aicsd_deploy.video.overlay import Overlay
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes every figure of a run twice: a line of metrics.jsonl for programs, TensorBoard events for people."""
+
+    def __init__(self, folder: Path, *, from_step: int) -> None:
+        """Go on with the log of a run from `from_step`; lines of later steps, left by a run that was killed, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS
+        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= from_step))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Write one line: `step` and `values`, numbers or dictionaries of numbers."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            items = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+            for key, number in items.items():
+                if isinstance(number, int | float):
+                    self._board.add_scalar(key, number, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    lines = []
+    path = folder / METRICS
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def plot_curves(folder: Path) -> Path:
+    """Draw loss terms, gradient norms, α and validation mIoU over the steps into curves.png."""
+    plt = _pyplot()
+    lines = read_log(folder)
+    steps = [line for line in lines if "terms" in line]
+    scored = [line for line in lines if "val" in line]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
+    for axis, key, title in (
+        (axes[0], "terms", "loss terms, before weighting"),
+        (axes[1], "gradient_norm", "gradient norm of the weighted terms"),
+    ):
+        for name in steps[0][key] if steps else []:
+            axis.plot([line["step"] for line in steps], [line[key][name] for line in steps], label=name, linewidth=1)
+        axis.set(title=title, xlabel="step", yscale="log")
+        if steps:
+            axis.legend()
+    axes[2].plot(
+        [line["step"] for line in scored], [100 * line["val"]["miou"] for line in scored], "o-", label="val mIoU, %"
+    )
+    if steps and steps[0].get("alpha") is not None:
+        axes[2].plot(
+            [line["step"] for line in steps],
+            [100 * line["alpha"] for line in steps],
+            ":",
+            color="grey",
+            label="100 α (ALW)",
+        )
+    axes[2].set(title="validation", xlabel="step", ylim=(0, 100))
+    axes[2].legend()
+    return _save(figure, folder / "curves.png")
+
+
+def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...], path: Path) -> Path:
+    """Draw a confusion matrix, each row as shares of its true class."""
+    plt = _pyplot()
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.5 + 0.42 * len(classes)
+    figure, axis = plt.subplots(figsize=(side + 0.6, side), constrained_layout=True)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    names = [c.name for c in classes]
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="predicted", ylabel="true", title="share of each true class, %")
+    if len(names) <= 34:
+        for row, column in np.ndindex(share.shape):
+            if share[row, column] >= 0.005:
+                color = "white" if share[row, column] > 0.5 else "black"
+                axis.text(
+                    column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color
+                )
+    return _save(figure, path)
+
+
+def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *, count: int = 6) -> Path:
+    """Draw a page of validation images: picture, true labels, predicted labels, evenly spread over the data set."""
+    overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
+    rows = []
+    for index in sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))}):
+        image_rgb, labels = dataset.load(index)
+        frame = np.ascontiguousarray(image_rgb[..., ::-1])
+        predicted = segment(backend, frame)
+        row = np.hstack([frame, overlay.draw(frame.copy(), labels), overlay.draw(frame.copy(), predicted)])
+        rows.append(cv2.resize(row, (1200, round(1200 * row.shape[0] / row.shape[1])), interpolation=cv2.INTER_AREA))
+    with atomic_path(path) as temporary:
+        cv2.imwrite(str(temporary), np.vstack(rows))
+    return path
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    _pyplot().close(figure)
+    return path

@@ -1,0 +1,83 @@
+"""What joins the stages of a pipeline: bounded queues between threads, and one flag that stops them all."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Self
+
+_END: Any = object()
+_POLL_S = 0.1  # how soon a stage that waits for its neighbour notices that all must stop
+
+
+class Stop:
+    """What tells all stages to stop: an error in one of them, Ctrl-C, or the viewer."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.error: BaseException | None = None
+        self.interrupted = False
+        self._handlers: dict[int, Any] = {}
+
+    def fail(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.event.set()
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+        self.event.set()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # a job in the background ignores Ctrl-C
+                    self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        # An exception here could hit between two calls of the encoder; a flag is looked at between two frames.
+        self.interrupt()
+        self.__exit__()  # the second signal does what it does elsewhere
+
+
+class Lane:
+    """A bounded queue between two stages; with `newest`, a full one drops what is in it, and nobody waits."""
+
+    def __init__(self, stop: Stop, depth: int, *, newest: bool) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._stop, self._newest = stop.event, newest
+
+    def put(self, item: Any) -> bool:
+        """Pass an item on; False says that all must stop."""
+        while self._newest and self._queue.full():
+            with suppress(queue.Empty):  # the taker was quicker
+                self._queue.get_nowait()
+        return self._put(item)
+
+    def put_end(self) -> None:
+        self._put(_END)
+
+    def __iter__(self) -> Iterator[Any]:
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if item is _END:
+                return
+            yield item
+
+    def _put(self, item: Any) -> bool:
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                self._queue.put(item, timeout=_POLL_S)
+                return True
+        return False

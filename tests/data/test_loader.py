@@ -1,0 +1,72 @@
+"""The order and the augmentation of a step depend on the seed and the step alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.data.transforms import Augmentation
+from aicsd_deploy.errors import InputError
+
+
+def batches(root: Path, *, start: int = 0, workers: int = 0, seed: int = 0, total: int = 8) -> list[Batch]:
+    dataset = open_dataset(f"folder:{root}", "train")
+    loader = training_batches(
+        dataset,
+        Augmentation((32, 40)),
+        batch_size=5,
+        seed=seed,
+        start_step=start,
+        total_steps=total,
+        workers=workers,
+        pin_memory=False,
+    )
+    return list(loader)
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    pairs = list(zip(a, b, strict=True))
+    return all(torch.equal(x.images_BCHW, y.images_BCHW) and torch.equal(x.labels_BHW, y.labels_BHW) for x, y in pairs)
+
+
+def test_batches_are_alike_from_any_start_and_with_workers(folder_data: Path) -> None:
+    everything = batches(folder_data)
+    assert len(everything) == 8
+    assert same(everything[3:], batches(folder_data, start=3))
+    assert same(everything[4:], batches(folder_data, start=4, workers=2))
+    assert not same(everything, batches(folder_data, seed=1))
+    assert not same(everything[:2], everything[2:4]), "two epochs must differ"
+
+
+def test_shapes_types_and_the_global_generator(folder_data: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    batch = batches(folder_data, total=1)[0]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert (batch.images_BCHW.shape, batch.images_BCHW.dtype) == ((5, 3, 32, 40), torch.uint8)
+    assert (batch.labels_BHW.shape, batch.labels_BHW.dtype) == ((5, 32, 40), torch.int64)
+
+
+def test_picture_and_labels_move_together_and_padding_is_ignored() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.kron(rng.integers(0, 2, (6, 8)), np.ones((8, 8))).astype(np.uint8)
+    image = np.repeat((labels * 200)[..., None], 3, axis=2)
+    padded = 0
+    for seed in range(20):
+        picture, mask = Augmentation((48, 64), (0.5, 2.0), color_jitter=0.0)((image, labels), seed=seed)
+        inside = mask != 255
+        padded += int((~inside).sum() > 0)
+        agree = (picture[0][inside] > 100) == (mask[inside] == 1)
+        assert agree.float().mean() > 0.97, "only edges blurred by the resizing may differ"
+        assert (picture[:, ~inside] == 114).all()
+    assert 3 < padded < 17, "pictures are made smaller about half of the time"
+
+
+def test_batch_size_larger_than_the_data_is_refused(folder_data: Path) -> None:
+    with pytest.raises(InputError, match="more than the 12 training images"):
+        steps_per_epoch(open_dataset(f"folder:{folder_data}", "train"), 13)

@@ -1,0 +1,164 @@
+"""The exported graph does what the checkpoint does at every size, or it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import run_script
+from torch import nn
+
+from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.errors import InputError, VerificationError
+from aicsd_deploy.export.deploy_module import DeployModule, Normalize
+from aicsd_deploy.export.onnx_export import export_onnx, fuse_batch_norm
+from aicsd_deploy.export.verify import compare, frames_for_comparison, require_agreement
+from aicsd_deploy.metadata import Metadata, SegClass
+from aicsd_deploy.models import build_model
+from aicsd_deploy.runtime.base import open_backend
+
+CLASSES = tuple(SegClass(name, (i, 2 * i, 3 * i)) for i, name in enumerate("abcde"))
+
+
+def random_checkpoint(path: Path, model: str, size_hw: tuple[int, int] = (64, 96)) -> Checkpoint:
+    """A network with random weights, but with statistics of batch normalisation as a trained one has."""
+    torch.manual_seed(0)
+    network = build_model(model, num_classes=len(CLASSES))
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(4, 3, *size_hw))
+    metadata = Metadata(model, CLASSES, size_hw, data="synthetic")
+    save_checkpoint(path, Checkpoint(metadata, network.state_dict()))
+    return load_checkpoint(path)
+
+
+def frames(count: int = 4) -> list[np.ndarray]:
+    return frames_for_comparison(open_dataset("synthetic", "val"), count=count)
+
+
+def test_normalize_is_the_textbook_formula() -> None:
+    metadata = Metadata("m", CLASSES, (4, 4))
+    image = torch.randint(0, 256, (1, 3, 2, 2), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (metadata.mean, metadata.std))
+    torch.testing.assert_close(Normalize(metadata)(image), (image / 255 - mean) / std, rtol=1e-4, atol=1e-5)
+
+
+def test_channel_order_is_honoured() -> None:
+    class Reddest(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x  # three classes: the strongest of red, green and blue
+
+    frame = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    frame[..., 0] = 255
+    for order, label in (("rgb", 0), ("bgr", 2)):
+        metadata = Metadata("m", CLASSES, (2, 2), channel_order=order, mean=(0, 0, 0), std=(1, 1, 1))
+        assert DeployModule(Reddest(), metadata)(frame).unique().tolist() == [label]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["deeplabv3plus_mobilenetv2", "lraspp_mobilenetv2", "lraspp_resnet18"])
+@pytest.mark.parametrize("dynamic", [(), ("batch", "size")])
+def test_exported_networks_agree_with_their_checkpoints(model: str, dynamic: tuple[str, ...], tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "c.pt", model)
+    metadata = checkpoint.metadata.replace(dynamic=dynamic)
+    export_onnx(checkpoint, metadata, tmp_path / "c.onnx")
+    with (
+        open_backend(tmp_path / "c.pt", device="cpu") as ours,
+        open_backend(tmp_path / "c.onnx", device="cpu") as theirs,
+    ):
+        assert theirs.metadata == metadata
+        agreement = compare(ours, theirs, frames())
+        require_agreement(agreement, what="the file")
+        assert len(agreement.by_size) == (3 if dynamic else 1)
+        assert len({label for frame in frames() for label in np.unique(theirs.infer(frame[None, :64, :96]))}) > 1
+        if not dynamic:
+            with pytest.raises(InputError, match="64x96"):
+                theirs.infer(np.zeros((1, 32, 32, 3), np.uint8))
+            with pytest.raises(InputError, match="one frame at a time"):
+                theirs.infer(np.zeros((2, 64, 96, 3), np.uint8))
+    graph = onnx.load(tmp_path / "c.onnx").graph
+    assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
+    assert [i.type.tensor_type.elem_type for i in (*graph.input, *graph.output)] == [onnx.TensorProto.UINT8] * 2
+
+
+def test_batch_norm_folding_keeps_the_values() -> None:
+    torch.manual_seed(0)
+    network = build_model("lraspp_mobilenetv2", num_classes=3)
+    network.train()
+    x = torch.randn(4, 3, 64, 64)
+    network(x)
+    network.eval()
+    with torch.no_grad():
+        before = network(x)
+        fuse_batch_norm(network)
+        torch.testing.assert_close(network(x), before, rtol=1e-3, atol=1e-4)
+    assert not [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.slow
+def test_a_network_that_exports_wrongly_is_refused(tmp_path: Path) -> None:
+    # PSPNet's pooling is baked for the size of the example: it exports and runs, and is wrong at every other size.
+    pytest.importorskip("segmentation_models_pytorch")
+    random_checkpoint(tmp_path / "psp.pt", "smp:PSPNet:resnet18", (96, 96))
+    result = run_script("export/to_onnx.py", "psp.pt", "-o", "psp.onnx", "--dynamic", "size", cwd=tmp_path)
+    assert result.returncode in (2, 3), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("*.onnx"))
+    assert not list(tmp_path.glob(".psp*"))
+
+
+def test_the_gate_names_the_worst_size_and_classes(trained: Path) -> None:
+    with open_backend(trained / "runs/student/best.pt") as ours:
+
+        class Wrong(type(ours)):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self.metadata, self.name, self.device = ours.metadata.replace(dynamic=()), "wrong", "cpu"
+
+            def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+                labels = ours.infer(frames_NHWC)
+                labels[:, :2] = (labels[:, :2] + 1) % 3
+                return labels
+
+        dataset = open_dataset(f"folder:{trained / 'data'}", "val")
+        agreement = compare(ours, Wrong(), frames_for_comparison(dataset, count=2))
+    assert agreement.share == pytest.approx(46 / 48)
+    with pytest.raises(VerificationError, match=r"48x64 they agree on 95\.83 %"):
+        require_agreement(agreement, what="x.onnx")
+
+
+def test_a_failed_gate_leaves_no_file_and_exit_code_3(trained: Path, tmp_path: Path) -> None:
+    program = tmp_path / "broken_export.py"
+    program.write_text(
+        "import runpy, sys\n"
+        "from aicsd_deploy.export import deploy_module\n"
+        "good = deploy_module.DeployModule.forward\n"
+        "import aicsd_deploy.export.onnx_export as e\n"
+        "class Broken(deploy_module.DeployModule):\n"
+        "    def forward(self, frames_NHWC):\n"
+        "        return 2 - good(self, frames_NHWC)\n"
+        "e.DeployModule = Broken\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    import os
+    import subprocess
+    import sys
+
+    from conftest import REPO
+
+    result = subprocess.run(
+        [sys.executable, program, REPO / "export/to_onnx.py", "runs/student/best.pt", "-o", tmp_path / "b.onnx"],
+        cwd=trained,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "AICSD_TRUST": "tiny_network:tiny"},
+        check=False,
+    )
+    assert result.returncode == 3, result.stderr
+    assert "does not do what the checkpoint does" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken_export.py"]

@@ -1,0 +1,124 @@
+"""Every command, given something wrong: one clear message, exit code 2, no traceback, no file left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+
+CKPT, ONNX = "runs/student/best.pt", "runs/student/student.onnx"
+
+
+def prepare_bad_files(folder: Path, trained: Path) -> None:
+    (folder / "text.onnx").write_text("no network")
+    (folder / "text.pt").write_text("no network")
+    (folder / "text.mp4").write_text("no video")
+    (folder / "empty.onnx").touch()
+    onnx, checkpoint = (trained / ONNX).read_bytes(), (trained / CKPT).read_bytes()
+    (folder / "cut.onnx").write_bytes(onnx[: len(onnx) // 2])
+    (folder / "cut.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
+    (folder / "empty").mkdir()
+    (folder / "bad.yaml").write_text("epochs: [1")
+    (folder / "unknown.yaml").write_text("epocs: 3\n")
+
+
+CASES = {
+    "teacher, wrong path": ("train/teacher.py --data camvid:/no/such --out {o}", "/no/such"),
+    "teacher, unknown data": ("train/teacher.py --data kitti --out {o}", "kitti"),
+    "teacher, unknown network": ("train/teacher.py --data folder:data --model resnet9000 --out {o}", "resnet9000"),
+    "teacher, bad size": ("train/teacher.py --image-size 96 --out {o}", "HEIGHTxWIDTH"),
+    "teacher, zero epochs": ("train/teacher.py --epochs 0 --out {o}", "epochs"),
+    "teacher, word for a number": ("train/teacher.py --epochs many --out {o}", "--epochs"),
+    "teacher, unknown flag": ("train/teacher.py --epoch 3 --out {o}", "--epoch"),
+    "teacher, bad device": ("train/teacher.py --data folder:data --device tpu --out {o}", "tpu"),
+    "teacher, missing weights": (
+        "train/teacher.py --data folder:data --model lraspp_resnet18 --backbone-weights {t}/none.pth --out {o}",
+        "none.pth",
+    ),
+    "teacher, config that is no YAML": ("train/teacher.py --config {t}/bad.yaml --out {o}", "bad.yaml"),
+    "teacher, config with an unknown setting": ("train/teacher.py --config {t}/unknown.yaml --out {o}", "epocs"),
+    "teacher, too large batch": ("train/teacher.py --data folder:data --batch-size 99 --out {o}", "99"),
+    "distill, missing teacher": ("train/distill.py --data folder:data --teacher {t}/none.pt --out {o}", "none.pt"),
+    "distill, text teacher": ("train/distill.py --data folder:data --teacher {t}/text.pt --out {o}", "text.pt"),
+    "distill, cut teacher": ("train/distill.py --data folder:data --teacher {t}/cut.pt --out {o}", "cut.pt"),
+    "distill, teacher of other classes": (
+        "train/distill.py --data synthetic --teacher " + CKPT + " --out {o}",
+        "classes",
+    ),
+    "distill, unknown method": ("train/distill.py --method magic --out {o}", "magic"),
+    "evaluate, missing": ("train/evaluate.py {t}/none.onnx --json {o}", "none.onnx"),
+    "evaluate, cut": ("train/evaluate.py {t}/cut.onnx --json {o}", "cut.onnx"),
+    "evaluate, other classes": ("train/evaluate.py " + ONNX + " --data synthetic --json {o}", "classes"),
+    "evaluate, unknown split": ("train/evaluate.py " + ONNX + " --split all --json {o}", "all"),
+    "to_onnx, missing": ("export/to_onnx.py {t}/none.pt -o {o}.onnx", "none.pt"),
+    "to_onnx, text": ("export/to_onnx.py {t}/text.pt -o {o}.onnx", "text.pt"),
+    "to_onnx, wrong suffix": ("export/to_onnx.py " + CKPT + " -o {o}.txt", ".onnx"),
+    "to_onnx, bad size": ("export/to_onnx.py " + CKPT + " -o {o}.onnx --image-size 1x1", "1x1"),
+    "to_trt, missing": ("export/to_trt.py {t}/none.onnx --fp16 -o {o}.plan", "none.onnx"),
+    "to_trt, cut": ("export/to_trt.py {t}/cut.onnx --fp16 -o {o}.plan", "cut.onnx"),
+    "to_trt, a checkpoint": ("export/to_trt.py " + CKPT + " --fp16 -o {o}.plan", "to_onnx.py"),
+    "to_trt, two precisions": ("export/to_trt.py " + ONNX + " --fp16 --int8 -o {o}.plan", "--int8"),
+    "benchmark, missing": ("demo/benchmark.py {t}/none.onnx --out {o}", "none.onnx"),
+    "benchmark, cut": ("demo/benchmark.py " + ONNX + " {t}/cut.onnx --out {o}", "cut.onnx"),
+    "benchmark, empty": ("demo/benchmark.py {t}/empty.onnx --out {o}", "empty.onnx"),
+    "video, missing engine": ("demo/video.py --engine {t}/none.onnx -o {o}.mp4", "none.onnx"),
+    "video, cut engine": ("demo/video.py --engine {t}/cut.onnx -o {o}.mp4", "cut.onnx"),
+    "video, missing source": ("demo/video.py --engine " + ONNX + " --source {t}/none.mp4 -o {o}.mp4", "none.mp4"),
+    "video, text source": ("demo/video.py --engine " + ONNX + " --source {t}/text.mp4 -o {o}.mp4", "text.mp4"),
+    "video, empty folder": ("demo/video.py --engine " + ONNX + " --source {t}/empty -o {o}.mp4", "empty"),
+    "video, unknown suffix": ("demo/video.py --engine " + ONNX + " -o {o}.gif", ".gif"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case: str, trained: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    prepare_bad_files(bad, trained)
+    command, expected = CASES[case]
+    script, *arguments = command.format(t=bad, o=tmp_path / "made").split()
+    result = run_script(script, *arguments, cwd=trained, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "error: " in result.stderr
+    assert not list(tmp_path.glob("made*")), "nothing may be left behind"
+    assert not list(tmp_path.glob(".made*"))
+
+
+def test_nothing_to_work_on_is_said_with_the_way_out(tmp_path: Path) -> None:
+    for script in ("export/to_onnx.py", "export/to_trt.py", "demo/benchmark.py", "demo/video.py", "train/evaluate.py"):
+        result = run_script(script, cwd=tmp_path)
+        assert result.returncode == 2, (script, result.stderr)
+        assert "train/distill.py" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorrt_says_what_this_machine_lacks(trained: Path, tmp_path: Path) -> None:
+    import ctypes
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        result = run_script("export/to_trt.py", ONNX, "--fp16", "-o", tmp_path / "x.plan", cwd=trained)
+        assert result.returncode == 2
+        assert "no NVIDIA driver" in result.stderr
+        assert not list(tmp_path.iterdir())
+    else:
+        pytest.skip("this machine has an NVIDIA driver")
+
+
+SCRIPTS = ["train/teacher.py", "train/distill.py", "train/evaluate.py", "export/to_onnx.py", "export/to_trt.py", "demo/benchmark.py", "demo/video.py", "demo/quickstart.py"]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(script: str, tmp_path: Path) -> None:
+    result = run_script(script, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    text = result.stdout
+    assert f"python {script}" in text, "the help shows a command to copy"
+    # A flag without an explanation ends its line; the explanation may also stand on the next, indented line.
+    for line, following in zip(text.splitlines(), [*text.splitlines()[1:], ""], strict=True):
+        if line.startswith("  --"):
+            assert "  " in line.strip() or following.startswith(" " * 20), f"{line!r} is not explained"

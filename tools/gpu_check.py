@@ -1,0 +1,105 @@
+"""Check and time on a GPU all that this toolkit can run there today, in one call, into gpu_check.json.
+
+    python tools/gpu_check.py --out DIR
+
+Each part stands alone: one that fails is recorded with its error, and the others go on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aicsd_deploy.bench.environment import environment
+from aicsd_deploy.bench.latency import Latency, measure_latency
+from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from aicsd_deploy.cli import Parser, run, size_hw
+from aicsd_deploy.config import TrainConfig
+from aicsd_deploy.console import say
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.export.onnx_export import export_onnx
+from aicsd_deploy.export.verify import compare, frames_for_comparison
+from aicsd_deploy.files import write_json
+from aicsd_deploy.metadata import Metadata
+from aicsd_deploy.models import build_model
+from aicsd_deploy.recipes import train_teacher
+from aicsd_deploy.runtime.base import open_backend
+
+
+def make_artifacts(folder: Path, model: str, size: tuple[int, int]) -> tuple[Path, Path]:
+    """Write a checkpoint with settled batch statistics and its ONNX file."""
+    torch.manual_seed(0)
+    dataset = open_dataset("synthetic", "val")
+    network = build_model(model, num_classes=len(dataset.classes)).cuda().train()
+    with torch.no_grad():
+        for _ in range(5):
+            network(torch.randn(4, 3, *size, device="cuda"))
+    checkpoint = Checkpoint(Metadata(model, dataset.classes, size, data="synthetic"), network.cpu().state_dict())
+    save_checkpoint(folder / "check.pt", checkpoint)
+    export_onnx(load_checkpoint(folder / "check.pt"), checkpoint.metadata, folder / "check.onnx")
+    return folder / "check.pt", folder / "check.onnx"
+
+
+def parity(reference: Path, candidate: Path, device: str) -> dict[str, Any]:
+    """Return how far an artefact on a device agrees with the checkpoint on the CPU."""
+    frames = frames_for_comparison(open_dataset("synthetic", "val"), count=16)
+    with open_backend(reference, device="cpu") as cpu, open_backend(candidate, device=device) as gpu:
+        gpu.metadata = gpu.metadata.replace(dynamic=())
+        agreement = compare(cpu, gpu, frames)
+        return {"backend": gpu.name, "device": gpu.device, "agreement": agreement.share, "by_class": agreement.by_class}
+
+
+def latencies(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return latencies of artefacts on the GPU, measured in turns."""
+    frames = frames_for_comparison(open_dataset("synthetic", "val"), count=16)
+    backends = [open_backend(path, device="cuda") for path in paths]
+    found: list[Latency] = measure_latency(backends, frames, rounds=60)
+    return {
+        f"{path.name} {backend.name}": vars(latency)
+        for path, backend, latency in zip(paths, backends, found, strict=True)
+    }
+
+
+def train_a_little(folder: Path) -> dict[str, Any]:
+    """Train for one epoch on the GPU and return the summary."""
+    config = TrainConfig(model="deeplabv3plus_resnet18", epochs=1, device="cuda", workers=8, image_size=(192, 256))
+    summary = train_teacher(config, folder / "run")
+    return {key: summary[key] for key in ("miou", "seconds", "images")}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for gpu_check.json")
+    parser.add_argument("--model", default="deeplabv3plus_resnet18", help="network to check")
+    parser.add_argument("--image-size", type=size_hw, default=(512, 1024), metavar="HxW", help="size of its frames")
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {"environment": environment(), "model": args.model, "image_size_hw": list(args.image_size)}
+
+    def part(name: str, work: Callable[[], Any]) -> Any:
+        say(f"== {name}")
+        try:
+            result[name] = work()
+        except Exception:
+            result[name] = {"error": traceback.format_exc()}
+        write_json(args.out / "gpu_check.json", result)
+        say(str(result[name]))
+        return result[name]
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        part("artifacts", lambda: [str(path) for path in make_artifacts(folder, args.model, args.image_size)])
+        checkpoint, onnx = folder / "check.pt", folder / "check.onnx"
+        part("torch cuda parity", lambda: parity(checkpoint, checkpoint, "cuda"))
+        part("onnxruntime cuda parity", lambda: parity(checkpoint, onnx, "cuda"))
+        part("torch cuda latency", lambda: latencies([checkpoint]))
+        part("side by side latency", lambda: latencies([checkpoint, onnx]))
+        part("training", lambda: train_a_little(folder))
+
+
+if __name__ == "__main__":
+    run(main)

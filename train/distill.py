@@ -1,0 +1,44 @@
+"""Distil a student from a teacher with AICSD: inter-class similarity distillation and adaptive loss weighting.
+
+    python train/distill.py
+    python train/distill.py --data camvid:/data/CamVid --teacher runs/teacher/best.pt --student lraspp_mobilenetv2 --out runs/student
+
+Without flags: the built-in street scenes, and the newest teacher for them under runs/ (one is trained first if there is none).
+The run folder holds best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, confusion.png, overlays.png, summary.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from aicsd_deploy.cli import Parser, add_json_flag, run, write_result
+from aicsd_deploy.config import DistillConfig, add_config_flags, read_config
+from aicsd_deploy.console import percent, say
+from aicsd_deploy.recipes import distill
+from aicsd_deploy.runs import new_run_folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add_config_flags(parser, DistillConfig, renamed={"model": "student"})
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/TIME-STUDENT-METHOD)")
+    parser.add_argument(
+        "--resume", choices=["no", "auto"], default="no", help="auto: go on with the run in --out if there is one"
+    )
+    add_json_flag(parser)
+    args = parser.parse_args(argv)
+    config = read_config(DistillConfig, args)
+    out = args.out or new_run_folder(f"{config.model}-{config.method}")
+    summary = distill(config, out, resume=args.resume == "auto")
+    write_result(summary, args.json)
+    if summary["teacher"] is not None:
+        share = summary["miou"] / max(summary["teacher"]["miou"], 1e-9)
+        say(
+            f"teacher {percent(summary['teacher']['miou'])} %, student {percent(summary['miou'])} %: {100 * share:.1f} % of its teacher"
+        )
+    say(f"run folder: {out}\nnext: python export/to_onnx.py {out / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    run(main)

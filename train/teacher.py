@@ -1,0 +1,48 @@
+"""Train a teacher: a network that learns from labels alone.
+
+    python train/teacher.py --data camvid:/data/CamVid --model deeplabv3plus_resnet101 --image-size 360x480 --out runs/teacher
+
+The run folder holds best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, confusion.png, overlays.png, summary.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from aicsd_deploy.cli import Parser, add_json_flag, run, write_result
+from aicsd_deploy.config import TrainConfig, add_config_flags, read_config
+from aicsd_deploy.console import say
+from aicsd_deploy.data.check import check_dataset, write_overlays
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.recipes import train_teacher
+from aicsd_deploy.runs import new_run_folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add_config_flags(parser, TrainConfig)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/TIME-teacher-MODEL)")
+    parser.add_argument(
+        "--resume", choices=["no", "auto"], default="no", help="auto: go on with the run in --out if there is one"
+    )
+    parser.add_argument(
+        "--check-data", action="store_true", help="only look at the data: ids, pixels per class, a few overlays"
+    )
+    add_json_flag(parser)
+    args = parser.parse_args(argv)
+    config = read_config(TrainConfig, args)
+    out = args.out or new_run_folder(f"teacher-{config.model}")
+    if args.check_data:
+        for split in ("train", "val"):
+            dataset = open_dataset(config.data, split)
+            say(check_dataset(dataset).to_text())
+            say("\n".join(str(path) for path in write_overlays(dataset, out)))
+        return
+    summary = train_teacher(config, out, resume=args.resume == "auto")
+    write_result(summary, args.json)
+    say(f"run folder: {out}\nnext: python train/distill.py --data {config.data} --teacher {out / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    run(main)
