@@ -50,6 +50,7 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
         train_teacher(TrainConfig(**shared), path.parent, resume=True)
     teacher = load_checkpoint(path)
     say(f"teacher: {path} ({teacher.metadata.model})")
+    check_same_classes(teacher.metadata.classes, open_dataset(config.data, "val").classes, spec=config.data)
     return _train(config, out, role="student", method=config.method, teacher=(path, teacher), resume=resume)
 
 
@@ -115,7 +116,6 @@ def _ready_teacher(
     teacher: Checkpoint, val_data: SegmentationDataset, student: Metadata, device: torch.device
 ) -> tuple[nn.Module, float]:
     """Return the teacher, frozen and with its own normalisation, and its mIoU at the student's image size."""
-    check_same_classes(teacher.metadata.classes, val_data.classes, spec=val_data.spec)
     network = teacher.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
     scores = evaluate(TorchBackend(network, metadata, device=device), val_data, title="scoring the teacher")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 PACKAGE = REPO / "aicsd_deploy"
 TORCH_FREE = ("errors", "files", "metadata", "cli", "console", "runs", "metrics", "runtime.base", "runtime.frames", "runtime.ort_backend", "video", "bench.environment", "data.synthetic")  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NETWORK, REPO, TINY, run_script, write_folder_dataset
+from helpers import NETWORK, REPO, TINY, call_script, run_script, write_folder_dataset
 
 TEACHER = [
     *TINY,
@@ -111,7 +111,7 @@ def test_every_term_its_gradient_and_alpha_are_logged(trained: Path) -> None:
 
 
 def test_the_teacher_is_scored_before_distillation_starts(trained: Path) -> None:
-    result = run_script(
+    result = call_script(
         "train/distill.py", *TINY, "--student", "tiny_network:tiny", "--epochs", 1, "--out", "runs/again", cwd=trained
     )
     assert result.returncode == 0, result.stderr
@@ -120,9 +120,9 @@ def test_the_teacher_is_scored_before_distillation_starts(trained: Path) -> None
 
 def test_resume_with_other_settings_is_refused_and_says_which(trained: Path) -> None:
     arguments = [*TINY, "--model", "tiny_network:tiny", "--epochs", 12, "--seed", 5, "--out", "runs/teacher"]
-    result = run_script("train/teacher.py", *arguments, "--resume", "auto", cwd=trained)
+    result = call_script("train/teacher.py", *arguments, "--resume", "auto", cwd=trained)
     assert result.returncode == 2
     assert "seed: was 0, now 5" in result.stderr
-    result = run_script("train/teacher.py", *arguments, cwd=trained)
+    result = call_script("train/teacher.py", *arguments, cwd=trained)
     assert result.returncode == 2
     assert "already holds a run" in result.stderr

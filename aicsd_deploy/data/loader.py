@@ -97,6 +97,7 @@ def training_batches(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws from the global one
     )
     return loader  # of what the collate function makes
 

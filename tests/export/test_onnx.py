@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import run_script
+from helpers import call_script
 from torch import nn
 
 from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -105,7 +105,7 @@ def test_a_network_that_exports_wrongly_is_refused(tmp_path: Path) -> None:
     # PSPNet's pooling is baked for the size of the example: it exports and runs, and is wrong at every other size.
     pytest.importorskip("segmentation_models_pytorch")
     random_checkpoint(tmp_path / "psp.pt", "smp:PSPNet:resnet18", (96, 96))
-    result = run_script("export/to_onnx.py", "psp.pt", "-o", "psp.onnx", "--dynamic", "size", cwd=tmp_path)
+    result = call_script("export/to_onnx.py", "psp.pt", "-o", "psp.onnx", "--dynamic", "size", cwd=tmp_path)
     assert result.returncode in (2, 3), result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("*.onnx"))
@@ -149,7 +149,7 @@ def test_a_failed_gate_leaves_no_file_and_exit_code_3(trained: Path, tmp_path: P
     import subprocess
     import sys
 
-    from conftest import REPO
+    from helpers import REPO
 
     result = subprocess.run(
         [sys.executable, program, REPO / "export/to_onnx.py", "runs/student/best.pt", "-o", tmp_path / "b.onnx"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from helpers import call_script
 
 CKPT, ONNX = "runs/student/best.pt", "runs/student/student.onnx"
 
@@ -78,7 +78,7 @@ def test_bad_input(case: str, trained: Path, tmp_path: Path) -> None:
     prepare_bad_files(bad, trained)
     command, expected = CASES[case]
     script, *arguments = command.format(t=bad, o=tmp_path / "made").split()
-    result = run_script(script, *arguments, cwd=trained, timeout=120)
+    result = call_script(script, *arguments, cwd=trained, timeout=120)
     assert result.returncode == 2, result.stderr
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
@@ -89,7 +89,7 @@ def test_bad_input(case: str, trained: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_work_on_is_said_with_the_way_out(tmp_path: Path) -> None:
     for script in ("export/to_onnx.py", "export/to_trt.py", "demo/benchmark.py", "demo/video.py", "train/evaluate.py"):
-        result = run_script(script, cwd=tmp_path)
+        result = call_script(script, cwd=tmp_path)
         assert result.returncode == 2, (script, result.stderr)
         assert "train/distill.py" in result.stderr
         assert list(tmp_path.iterdir()) == []
@@ -101,7 +101,7 @@ def test_tensorrt_says_what_this_machine_lacks(trained: Path, tmp_path: Path) ->
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        result = run_script("export/to_trt.py", ONNX, "--fp16", "-o", tmp_path / "x.plan", cwd=trained)
+        result = call_script("export/to_trt.py", ONNX, "--fp16", "-o", tmp_path / "x.plan", cwd=trained)
         assert result.returncode == 2
         assert "no NVIDIA driver" in result.stderr
         assert not list(tmp_path.iterdir())
@@ -114,7 +114,7 @@ SCRIPTS = ["train/teacher.py", "train/distill.py", "train/evaluate.py", "export/
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_flag(script: str, tmp_path: Path) -> None:
-    result = run_script(script, "--help", cwd=tmp_path)
+    result = call_script(script, "--help", cwd=tmp_path)
     assert result.returncode == 0
     text = result.stdout
     assert f"python {script}" in text, "the help shows a command to copy"

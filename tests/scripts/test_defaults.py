@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import run_script
+from helpers import call_script
 
 ROW = {"path", "miou", "p50_ms", "p90_ms", "p99_ms", "fps", "per_class_iou", "runtime", "device"}
 
 
 def test_export_and_benchmark_without_flags(trained: Path) -> None:
     assert (trained / "runs/student/student.onnx").is_file(), "the fixture exports without flags"
-    result = run_script("demo/benchmark.py", "--rounds", 2, cwd=trained)
+    result = call_script("demo/benchmark.py", "--rounds", 2, cwd=trained)
     assert result.returncode == 0, result.stderr
     report = json.loads((trained / "runs/student/report.json").read_text())
     assert report["schema_version"] == 1
@@ -28,7 +28,7 @@ def test_export_and_benchmark_without_flags(trained: Path) -> None:
 
 
 def test_evaluate_writes_the_contract_and_agrees_with_training(trained: Path) -> None:
-    result = run_script("train/evaluate.py", "runs/student/best.pt", "--json", "-", cwd=trained)
+    result = call_script("train/evaluate.py", "runs/student/best.pt", "--json", "-", cwd=trained)
     assert result.returncode == 0, result.stderr
     scores = json.loads(result.stdout)
     assert set(scores) == {"miou", "per_class_iou", "pixel_accuracy", "mean_class_accuracy", "images"}
@@ -41,7 +41,7 @@ def test_a_config_file_sets_what_flags_do_not(trained: Path, tmp_path: Path) -> 
     config.write_text(
         "data: folder:data\nmodel: tiny_network:tiny\nepochs: 2\nbatch-size: 4\nimage_size: 24x32\nscale: [0.8, 1.2]\nthreads: 1\n"
     )
-    result = run_script("train/teacher.py", "--config", config, "--epochs", 1, "--out", tmp_path / "run", cwd=trained)
+    result = call_script("train/teacher.py", "--config", config, "--epochs", 1, "--out", tmp_path / "run", cwd=trained)
     assert result.returncode == 0, result.stderr
     settings = json.loads((tmp_path / "run/summary.json").read_text())["config"]
     assert (settings["epochs"], settings["batch_size"], settings["image_size"]) == (1, 4, [24, 32])
@@ -61,7 +61,7 @@ def test_a_teacher_is_trained_where_there_is_none(trained: Path, tmp_path: Path)
         "48x64",
     ]
     student = ["--student", "lraspp_mobilenetv2", "--out", "runs/s"]
-    result = run_script("train/distill.py", *config, *student, cwd=tmp_path)
+    result = call_script("train/distill.py", *config, *student, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/s/teacher/best.pt").is_file()
     assert json.loads((tmp_path / "runs/s/summary.json").read_text())["role"] == "student"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_script
+from helpers import call_script
 from PIL import Image
 
 from aicsd_deploy.data.check import check_dataset, write_overlays
@@ -155,7 +155,7 @@ def break_everything_ignored(root: Path) -> str:
 )
 def test_bad_data_is_named_before_training(damage: object, folder_data: Path, tmp_path: Path) -> None:
     expected = damage(folder_data)  # type: ignore[operator]
-    result = run_script("train/teacher.py", "--data", f"folder:{folder_data}", "--out", "run", cwd=tmp_path)
+    result = call_script("train/teacher.py", "--data", f"folder:{folder_data}", "--out", "run", cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
@@ -163,7 +163,7 @@ def test_bad_data_is_named_before_training(damage: object, folder_data: Path, tm
 
 
 def test_check_data_prints_and_writes_overlays(folder_data: Path, tmp_path: Path) -> None:
-    result = run_script(
+    result = call_script(
         "train/teacher.py", "--data", f"folder:{folder_data}", "--check-data", "--out", "look", cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
