@@ -31,9 +31,9 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    data: str = Field("synthetic", description="data set: synthetic, camvid:PATH or folder:PATH")
+    data: str = Field("synthetic", description="data set: synthetic (or synthetic:HxW), camvid:PATH or folder:PATH")
     model: str = Field(
-        "deeplabv3plus_resnet18",
+        "lraspp_resnet18",
         description="network: see README, or smp:ARCHITECTURE:ENCODER, or package.module:function",
     )
     backbone_weights: Path | None = Field(
@@ -42,8 +42,8 @@ class TrainConfig(BaseModel):
     image_size: SizeHW | None = Field(
         None, description="size the network works on, HEIGHTxWIDTH (default: the size of the images)"
     )
-    epochs: int = Field(40, ge=1, description="passes over the training images")
-    batch_size: int = Field(16, ge=2, description="images per step; batch normalisation needs at least 2")
+    epochs: int = Field(6, ge=1, description="passes over the training images")
+    batch_size: int = Field(8, ge=2, description="images per step; batch normalisation needs at least 2")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has momentum 0.9, as in the paper")
     lr: float = Field(1e-3, gt=0, description="peak learning rate; falls to 0 as (1 - progress) to the power 0.9")
     backbone_lr_factor: float | None = Field(

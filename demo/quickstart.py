@@ -20,9 +20,8 @@ from aicsd_deploy.errors import AicsdError
 from aicsd_deploy.recipes import distill, train_teacher
 from aicsd_deploy.runs import RUNS
 
-SIZE_HW = (96, 128)
-TEACHER = TrainConfig(model="lraspp_resnet18", image_size=SIZE_HW, epochs=6, val_every=3, lr=2e-3)
-STUDENT = DistillConfig(image_size=SIZE_HW, epochs=4, val_every=2, lr=2e-3)
+TEACHER = TrainConfig(epochs=4, val_every=4)
+STUDENT = DistillConfig(epochs=4, val_every=4, lr=2e-3)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
