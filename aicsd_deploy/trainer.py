@@ -69,6 +69,7 @@ class Trainer:
         if step >= total:
             say(f"{self.out}: already trained to the end ({total} steps).")
             return
+        self.network.train()
         log = RunLog(self.out, from_step=step)
         batches = training_batches(
             self.train_data,
@@ -109,7 +110,6 @@ class Trainer:
     ) -> dict[str, Any]:
         """Take one optimiser step; return what is to be logged if `logs`."""
         torch.manual_seed(derived_seed("step", self.config.seed, step))
-        self.network.train()
         share = _schedule(step, total, self.config.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
@@ -139,6 +139,7 @@ class Trainer:
     def _validate(self, log: RunLog, *, step: int, epoch: int, best: float | None) -> float:
         backend = TorchBackend(self.network, self.metadata, device=self.device)
         scores = evaluate(backend, self.val_data, title="validating").scores(self.metadata.class_names)
+        self.network.train()
         log.write(step, epoch=epoch, val=scores.to_dict())
         if best is not None and scores.miou <= best:
             return best
@@ -198,7 +199,7 @@ class Trainer:
         used: Iterable[dict[str, Any]] = [group for group in groups if group["params"]]
         if config.optimizer == "sgd":
             return torch.optim.SGD(used, momentum=0.9)
-        return torch.optim.AdamW(used)
+        return torch.optim.AdamW(used, fused=True)
 
 
 def _schedule(step: int, total: int, warmup: int) -> float:

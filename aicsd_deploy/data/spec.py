@@ -49,7 +49,7 @@ def open_dataset(spec: str, split: str) -> SegmentationDataset:
 class SyntheticDataset(SegmentationDataset):
     """Procedural street scenes; the splits are disjoint ranges of seeds."""
 
-    _seeds = {"train": range(800), "val": range(1_000_000, 1_000_120), "test": range(2_000_000, 2_000_120)}  # noqa: RUF012
+    _seeds = {"train": range(600), "val": range(1_000_000, 1_000_120), "test": range(2_000_000, 2_000_120)}  # noqa: RUF012
 
     def __init__(self, split: str, size_hw: tuple[int, int], spec: str) -> None:
         self.classes = CLASSES

@@ -40,12 +40,12 @@ class TorchBackend(Backend):
     """A network in PyTorch; takes any batch and, as fully convolutional networks do, frames of any size."""
 
     def __init__(self, network: nn.Module, metadata: Metadata, *, device: torch.device) -> None:
-        """Take a network as it is, for example one in training; it is put into eval mode only while it infers."""
+        """Take a network as it is, for example one in training, and put it into eval mode."""
         self.metadata = metadata.replace(dynamic=("batch", "size"))
         self.name = "torch CUDA" if device.type == "cuda" else "torch CPU"
         self.device = str(device)
         self._device = device
-        self._module = DeployModule(network, metadata).to(device)
+        self._module = DeployModule(network, metadata).to(device).eval()
 
     @classmethod
     def open(cls, path: Path, *, device: str = "auto", threads: int | None = None) -> Self:
@@ -57,8 +57,6 @@ class TorchBackend(Backend):
 
     def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
         self.check_frames(frames_NHWC)
-        training = self._module.network.training
-        self._module.eval()
         try:
             with torch.inference_mode():
                 labels_NHW = self._module(torch.from_numpy(frames_NHWC).to(self._device))
@@ -68,5 +66,3 @@ class TorchBackend(Backend):
             raise InputError(
                 f"{self.metadata.model} cannot take frames of {frames_NHWC.shape[1]}x{frames_NHWC.shape[2]}: {error}"
             ) from error
-        finally:
-            self._module.train(training)
