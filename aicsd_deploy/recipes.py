@@ -42,12 +42,13 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     """
     if config.method == "none":
         return _train(config, out, role="student", method="none", teacher=None, resume=resume)
-    path = config.teacher or newest_checkpoint(role="teacher", data=config.data)
+    own = out / "teacher"  # of an earlier call that was killed: go on with it
+    path = config.teacher or (None if own.is_dir() else newest_checkpoint(role="teacher", data=config.data))
     if path is None:
-        path = out / "teacher" / BEST
-        say(f"There is no teacher for {config.data} yet; training one first into {path.parent}.")
+        path = own / BEST
+        say(f"There is no teacher for {config.data} yet; training one first into {own}.")
         shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields and k != "model"}
-        train_teacher(TrainConfig(**shared), path.parent, resume=True)
+        train_teacher(TrainConfig(**shared), own, resume=True)
     teacher = load_checkpoint(path)
     say(f"teacher: {path} ({teacher.metadata.model})")
     check_same_classes(teacher.metadata.classes, open_dataset(config.data, "val").classes, spec=config.data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import call_script
 
 CKPT, ONNX = "runs/student/best.pt", "runs/student/student.onnx"
@@ -18,9 +19,18 @@ def prepare_bad_files(folder: Path, trained: Path) -> None:
     onnx, checkpoint = (trained / ONNX).read_bytes(), (trained / CKPT).read_bytes()
     (folder / "cut.onnx").write_bytes(onnx[: len(onnx) // 2])
     (folder / "cut.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
+    checkpoint_of_another_network(trained / CKPT, folder / "other.pt")
+    torch.save({"weight": torch.zeros(3)}, folder / "foreign.pt")
     (folder / "empty").mkdir()
     (folder / "bad.yaml").write_text("epochs: [1")
     (folder / "unknown.yaml").write_text("epocs: 3\n")
+
+
+def checkpoint_of_another_network(good: Path, bad: Path) -> None:
+    """Write a checkpoint whose weights are not those of the network that it names."""
+    content = torch.load(good, weights_only=True)
+    content["metadata"]["model"] = "lraspp_mobilenetv2"
+    torch.save(content, bad)
 
 
 CASES = {
@@ -46,6 +56,16 @@ CASES = {
         "train/distill.py --data synthetic --teacher " + CKPT + " --out {o}",
         "classes",
     ),
+    "distill, teacher that is another network": (
+        "train/distill.py --data folder:data --teacher {t}/other.pt --out {o}",
+        "do not fit the network",
+    ),
+    "distill, no checkpoint of ours": (
+        "train/distill.py --data folder:data --teacher {t}/foreign.pt --out {o}",
+        "foreign.pt",
+    ),
+    "evaluate, another network": ("train/evaluate.py {t}/other.pt --json {o}", "do not fit the network"),
+    "to_onnx, another network": ("export/to_onnx.py {t}/other.pt -o {o}.onnx", "do not fit the network"),
     "distill, unknown method": ("train/distill.py --method magic --out {o}", "magic"),
     "evaluate, missing": ("train/evaluate.py {t}/none.onnx --json {o}", "none.onnx"),
     "evaluate, cut": ("train/evaluate.py {t}/cut.onnx --json {o}", "cut.onnx"),
