@@ -148,5 +148,14 @@ def main() -> NoReturn:
     packaged = Path(__file__).parent / "scripts"
     script = (packaged if packaged.is_dir() else Path(__file__).parents[1]) / SCRIPTS[sys.argv[1]][0]
     sys.argv = [str(script), *sys.argv[2:]]
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except ModuleNotFoundError as error:
+        if "--debug" in sys.argv:
+            raise
+        say(
+            f"error: this command needs the package {error.name!r}, which is not installed. To train: pip install "
+            "'aicsd-deploy[train,cpu,headless]'; to export: [train,export,cpu,headless]; to run a student: [cpu,video,headless]."
+        )
+        sys.exit(2)
     sys.exit(0)

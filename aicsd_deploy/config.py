@@ -34,13 +34,13 @@ class TrainConfig(BaseModel):
     data: str = Field("synthetic", description="data set: synthetic (or synthetic:HxW), camvid:PATH or folder:PATH")
     model: str = Field(
         "lraspp_resnet18",
-        description="network: see README, or smp:ARCHITECTURE:ENCODER, or package.module:function",
+        description="network: lraspp_resnet18, deeplabv3plus_resnet101, … (README lists them), or smp:ARCHITECTURE:ENCODER, or package.module:function",
     )
     backbone_weights: Path | None = Field(
         None, description="local file with the backbone's ImageNet weights (torchvision's state dict)"
     )
     image_size: SizeHW | None = Field(
-        None, description="size the network works on, HEIGHTxWIDTH (default: the size of the images)"
+        None, description="size the network works on, HEIGHTxWIDTH (default: the teacher's, or the size of the images)"
     )
     epochs: int = Field(6, ge=1, description="passes over the training images")
     batch_size: int = Field(8, ge=2, description="images per step; batch normalisation needs at least 2")
@@ -92,7 +92,7 @@ class DistillConfig(TrainConfig):
     )
     model: str = Field(
         "lraspp_mobilenetv2",
-        description="the student network: see README, or smp:ARCHITECTURE:ENCODER, or package.module:function",
+        description="the student network: lraspp_mobilenetv2, deeplabv3plus_resnet18, … (README lists them), or smp:ARCHITECTURE:ENCODER, or package.module:function",
     )
     method: Method = Field(
         "aicsd",
