@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aicsd_deploy.errors import InputError
+from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.files import atomic_path, existing_file
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
@@ -63,9 +63,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{path} is no checkpoint that can be loaded safely, or it is damaged ({reason}). Give the best.pt or last.pt of a run."
+            f"{path} is no checkpoint that can be loaded safely, or it is damaged ({first_line(error)}). Give the best.pt or last.pt of a run."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or "metadata" not in content:
         raise InputError(

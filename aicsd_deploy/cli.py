@@ -108,6 +108,8 @@ def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
         _fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except ModuleNotFoundError as error:
+        _fail(missing_package(error), 2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -124,6 +126,14 @@ def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Return what to say about a package that a command needs and that is not installed."""
+    return (
+        f"error: this command needs the package {error.name!r}, which is not installed. To train: pip install "
+        "'aicsd-deploy[train,cpu,headless]'; to export: [train,export,cpu,headless]; to run a student: [cpu,video,headless]."
+    )
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -151,11 +161,5 @@ def main() -> NoReturn:
     try:
         runpy.run_path(str(script), run_name="__main__")
     except ModuleNotFoundError as error:
-        if "--debug" in sys.argv:
-            raise
-        say(
-            f"error: this command needs the package {error.name!r}, which is not installed. To train: pip install "
-            "'aicsd-deploy[train,cpu,headless]'; to export: [train,export,cpu,headless]; to run a student: [cpu,video,headless]."
-        )
-        sys.exit(2)
+        _fail(missing_package(error), 2)
     sys.exit(0)

@@ -18,10 +18,16 @@ from aicsd_deploy.files import existing_file
 
 
 def _read_size(value: Any) -> Any:
-    return size_hw(value) if isinstance(value, str) else value
+    """Take what the flag takes, and [height, width] from a file."""
+    if isinstance(value, list | tuple):
+        value = "x".join(map(str, value))
+    try:
+        return size_hw(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
 
 
-SizeHW = Annotated[tuple[int, int], BeforeValidator(_read_size)]
+SizeHW = Annotated[tuple[int, int] | None, BeforeValidator(lambda value: None if value is None else _read_size(value))]
 Method = Literal["none", "kd", "icsd", "aicsd"]
 C = TypeVar("C", bound="TrainConfig")
 
@@ -29,7 +35,7 @@ C = TypeVar("C", bound="TrainConfig")
 class TrainConfig(BaseModel):
     """What both teacher and student training take; the descriptions are the flags' help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     data: str = Field("synthetic", description="data set: synthetic (or synthetic:HxW), camvid:PATH or folder:PATH")
     model: str = Field(
@@ -39,7 +45,7 @@ class TrainConfig(BaseModel):
     backbone_weights: Path | None = Field(
         None, description="local file with the backbone's ImageNet weights (torchvision's state dict)"
     )
-    image_size: SizeHW | None = Field(
+    image_size: SizeHW = Field(
         None, description="size the network works on, HEIGHTxWIDTH (default: the teacher's, or the size of the images)"
     )
     epochs: int = Field(6, ge=1, description="passes over the training images")
@@ -110,7 +116,7 @@ class DistillConfig(TrainConfig):
 def add_config_flags(parser: Parser, config: type[TrainConfig], *, renamed: dict[str, str] | None = None) -> None:
     """Add one flag per setting of `config`, besides `--config FILE`; `renamed` gives settings other flag names."""
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file with any of the settings below; flags go before it"
+        "--config", type=Path, metavar="FILE", help="YAML file with any of the settings below; flags override it"
     )
     for name, field in config.model_fields.items():
         flag = "--" + (renamed or {}).get(name, name).replace("_", "-")

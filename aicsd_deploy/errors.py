@@ -9,6 +9,12 @@ class AicsdError(Exception):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, to be quoted in one of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
 class InputError(AicsdError):
     """A path, value, file or data set that cannot be used."""
 

@@ -18,16 +18,19 @@ from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.data.transforms import derived_seed
 from aicsd_deploy.distiller import Distiller
-from aicsd_deploy.errors import InputError
+from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.evaluate import check_same_classes, evaluate
 from aicsd_deploy.export.deploy_module import Normalize
-from aicsd_deploy.files import write_json
+from aicsd_deploy.files import sha256, write_json
 from aicsd_deploy.metadata import Metadata, provenance
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runs import newest_checkpoint
 from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device
 from aicsd_deploy.tracking import draw_overlays, plot_confusion, plot_curves
 from aicsd_deploy.trainer import BEST, LAST, Trainer
+
+OF_THE_STUDENT = {"model", "backbone_weights", "backbone_lr_factor"}
+"""Settings that a teacher which is trained on the way does not take over: its network is another one."""
 
 
 def train_teacher(config: TrainConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -41,13 +44,21 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     Without `config.teacher`, the newest teacher under runs/ for this data is taken, and one is trained if there is none.
     """
     if config.method == "none":
+        if config.teacher is not None:
+            raise InputError("--method none learns from labels alone and takes no --teacher. Leave one of them out.")
         return _train(config, out, role="student", method="none", teacher=None, resume=resume)
     own = out / "teacher"  # of an earlier call that was killed: go on with it
-    path = config.teacher or (None if own.is_dir() else newest_checkpoint(role="teacher", data=config.data))
+    path = config.teacher
+    if path is None and (out / LAST).is_file():
+        path = Path(load_checkpoint(out / LAST).metadata.provenance.get("teacher", own / BEST))
+    elif path is None and not own.is_dir():
+        path = newest_checkpoint(role="teacher", data=config.data)
     if path is None:
         path = own / BEST
         say(f"There is no teacher for {config.data} yet; training one first into {own}.")
-        shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields and k != "model"}
+        shared = {
+            k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT
+        }
         train_teacher(TrainConfig(**shared), own, resume=True)
     teacher = load_checkpoint(path)
     say(f"teacher: {path} ({teacher.metadata.model})")
@@ -98,6 +109,11 @@ def _train(
         data=config.data,
         provenance=provenance() | {"torch": torch.__version__},
     )
+    if teacher is not None:
+        origin = {"teacher": str(teacher[0]), "teacher_sha256": sha256(teacher[0])}
+        metadata = metadata.replace(provenance=metadata.provenance | origin)
+    network.to(device)
+    _try(network, metadata, device)
     teacher_network, teacher_miou = None, None
     if teacher is not None:
         teacher_network, teacher_miou = _ready_teacher(teacher[1], val_data, metadata, device)
@@ -107,10 +123,30 @@ def _train(
         method=method,
         **_weights(config),
     )
-    Trainer(network, distiller, config, metadata, train_data, val_data, out, device).fit()
+    identity = {
+        "training images": len(train_data),
+        "size of the images": list(metadata.image_size_hw),
+        "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
+    }
+    Trainer(network, distiller, config, metadata, train_data, val_data, out, device, identity).fit()
     return _sum_up(
         config, out, val_data, device, started=started, teacher=None if teacher is None else (teacher[0], teacher_miou)
     )
+
+
+def _try(network: nn.Module, metadata: Metadata, device: torch.device) -> None:
+    """Raise InputError unless the network takes images of this size and gives logits of these classes."""
+    size, expected = metadata.image_size_hw, len(metadata.classes)
+    try:
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(1, 3, *size, device=device))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{metadata.model} cannot take images of {size[0]}x{size[1]}: {first_line(error)} Choose another --image-size."
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 4 or logits.shape[:2] != (1, expected):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise InputError(f"{metadata.model} must give logits (1, {expected}, h, w) for one image, not {found}.")
 
 
 def _ready_teacher(

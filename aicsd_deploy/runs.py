@@ -38,8 +38,7 @@ def newest_artifact() -> Path:
     Raises:
         InputError: there is neither.
     """
-    exported = sorted(RUNS.rglob("*.onnx"), key=lambda path: path.stat().st_mtime)
-    exported = [path for path in exported if not path.name.startswith(".")]
+    exported = sorted(RUNS.rglob("student*.onnx"), key=lambda path: path.stat().st_mtime)
     artifact = exported[-1] if exported else newest_checkpoint(role="student")
     if artifact is None:
         raise InputError(
@@ -59,7 +58,10 @@ def newest_comparison() -> list[Path]:
     if student is None:
         return [newest_artifact()]
     teacher = json.loads(student.with_name("summary.json").read_text(encoding="utf-8")).get("teacher")
-    exported = [path for path in (newest_artifact(),) if path.suffix != ".pt"]
+    # A file exported from this very student lies beside it, or one folder up where the demo puts it.
+    beside = [*student.parent.glob("student*.onnx"), *student.parent.parent.glob("student*.onnx")]
+    exported = sorted(beside, key=lambda path: path.stat().st_mtime)[-1:]
+    exported = [path for path in exported if path.stat().st_mtime >= student.stat().st_mtime]
     teachers = [Path(teacher["path"])] if teacher and Path(teacher["path"]).is_file() else []
     return [*teachers, student, *exported]
 

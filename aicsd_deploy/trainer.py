@@ -53,6 +53,8 @@ class Trainer:
     val_data: SegmentationDataset
     out: Path
     device: torch.device
+    identity: dict[str, Any]
+    """What else makes it this run and no other, by name: a run is resumed only where all of it is the same."""
 
     def fit(self) -> None:
         """Train to the end, from last.pt if there is one.
@@ -118,15 +120,16 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         breakdown.total.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
+        if not math.isfinite(norm.item()):  # before the step, so that no saved state is ever spoilt
+            raise AicsdError(
+                f"The loss or its gradient is no longer a number at step {step} "
+                f"(terms: { {name: term.item() for name, term in breakdown.terms.items()} }). "
+                "Use a smaller --lr or --lambda-icsd; last.pt holds a good state."
+            )
         optimizer.step()
         if not logs:
             return {}
         terms = {name: term.item() for name, term in breakdown.terms.items()}
-        if not math.isfinite(breakdown.total.item()) or not math.isfinite(norm.item()):
-            raise AicsdError(
-                f"The loss is no longer a number at step {step} (terms: {terms}, gradient norm {norm.item()}). "
-                "Use a smaller --lr or --lambda-icsd; last.pt holds the last good state."
-            )
         return {
             "loss": breakdown.total.item(),
             "terms": terms,
@@ -155,16 +158,20 @@ class Trainer:
             "best": best,
             "optimizer": optimizer.state_dict(),
             "config": self.config.model_dump(mode="json"),
+            "identity": self.identity,
         }
         save_checkpoint(self.out / LAST, Checkpoint(self.metadata, self.network.state_dict(), training))
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
-        if not (self.out / LAST).is_file():
-            return 0, None
         for leftover in self.out.glob(".*.tmp*"):  # of a write that was killed
             leftover.unlink()
+        if not (self.out / LAST).is_file():
+            return 0, None
         checkpoint = load_checkpoint(self.out / LAST)
-        ours, theirs = self.config.model_dump(mode="json"), checkpoint.training["config"]
+        if not {"step", "best", "optimizer", "config", "identity"} <= checkpoint.training.keys():
+            raise InputError(f"{self.out / LAST} holds no training to go on with. Give another --out.")
+        ours = self.config.model_dump(mode="json") | self.identity
+        theirs = checkpoint.training["config"] | checkpoint.training["identity"]
         changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != theirs.get(k)]
         if changed:
             lines = "\n".join(f"  {k}: was {theirs.get(k)!r}, now {ours[k]!r}" for k in changed)

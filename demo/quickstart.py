@@ -7,7 +7,7 @@ Everything lands in one folder, runs/demo by default; a second run goes on where
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from aicsd_deploy.recipes import distill, train_teacher
 from aicsd_deploy.runs import RUNS
 
 TEACHER = TrainConfig(epochs=4, val_every=4)
-STUDENT = DistillConfig(epochs=5, val_every=5, lr=2e-3)
+STUDENT = DistillConfig(epochs=6, val_every=6, lr=2e-3)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,11 +56,18 @@ def heading(text: str) -> None:
 
 
 def command(script: str, *arguments: str) -> None:
-    """Run one of the other commands as a user would."""
+    """Run one of the other commands, in this process: importing PyTorch anew takes longer than some of them do."""
     say(f"$ python {script} {' '.join(arguments)}")
-    result = subprocess.run([sys.executable, str(Path(__file__).parents[1] / script), *arguments], check=False)
-    if result.returncode != 0:
-        raise AicsdError(f"{script} ended with exit code {result.returncode}; its message stands above.")
+    own = sys.argv
+    path = str(Path(__file__).parents[1] / script)
+    sys.argv = [path, *arguments]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise AicsdError(f"{script} ended with exit code {end.code}; its message stands above.") from end
+    finally:
+        sys.argv = own
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.cli import Parser, add_json_flag, positive_int, run, size_hw, write_result
 from aicsd_deploy.console import percent, say
@@ -24,6 +26,7 @@ from aicsd_deploy.files import atomic_path, sha256
 from aicsd_deploy.metadata import provenance
 from aicsd_deploy.runs import newest_checkpoint
 from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.runtime.torch_backend import TorchBackend
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "checkpoint", type=Path, nargs="?", help="best.pt of a run (default: the newest student's under runs/)"
     )
     parser.add_argument(
-        "-o", "--out", type=Path, metavar="FILE", help="file to write (default: student.onnx beside the checkpoint)"
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write (default: student.onnx or teacher.onnx beside the checkpoint)",
     )
     parser.add_argument(
         "--dynamic",
@@ -64,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             "No checkpoint was given and there is no finished student under runs/. Make one: python train/distill.py"
         )
-    out = args.out or path.with_name("student.onnx")
-    if out.suffix != ".onnx":
-        raise InputError(f"{out} must end in .onnx.")
+    if args.out is not None and args.out.suffix != ".onnx":
+        raise InputError(f"{args.out} must end in .onnx.")
     checkpoint = load_checkpoint(path)
+    out = args.out or path.with_name(f"{checkpoint.metadata.role}.onnx")
     metadata = checkpoint.metadata.replace(
         image_size_hw=args.image_size or checkpoint.metadata.image_size_hw,
         channel_order=args.channels,
@@ -79,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with atomic_path(out) as temporary:
         export_onnx(checkpoint, metadata, temporary, opset=args.opset)
         # The proof runs on the CPU: the reference must not depend on the GPU that happens to be here.
-        with open_backend(path, device="cpu") as reference, open_backend(temporary, device="cpu") as candidate:
-            reference.metadata = reference.metadata.replace(channel_order=args.channels)
+        reference = TorchBackend(
+            checkpoint.build(), checkpoint.metadata.replace(channel_order=args.channels), device=torch.device("cpu")
+        )
+        with open_backend(temporary, device="cpu") as candidate:
             agreement = compare(reference, candidate, frames)
             runtime = candidate.name
         require_agreement(agreement, what=str(out))

@@ -95,7 +95,7 @@ def _read_stems(path: Path) -> list[str] | None:
         Path(line.strip()).name.rsplit(".", 1)[0]
         if Path(line.strip()).suffix.lower() in IMAGE_SUFFIXES
         else line.strip()
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.strip()
     ]
 
@@ -103,6 +103,8 @@ def _read_stems(path: Path) -> list[str] | None:
 def _pair_up(images: Path, labels: Path, *, stems: list[str] | None) -> list[FilePair]:
     image_files, label_files = _by_stem(images, "images"), _by_stem(labels, "labels")
     chosen = sorted(image_files) if stems is None else stems
+    if not chosen:
+        raise InputError(f"The split list beside {images.parent} names no image. Fill it, or remove it to take all.")
     for stem in chosen:
         if stem not in image_files:
             raise InputError(f"{images} has no image {stem!r}, which the split's list names.")

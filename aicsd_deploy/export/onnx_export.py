@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aicsd_deploy.checkpoint import Checkpoint
-from aicsd_deploy.errors import InputError
+from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 
@@ -59,7 +59,7 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
     except Exception as error:
         raise InputError(
             f"PyTorch {torch.__version__} cannot export {metadata.model} with dynamic {sorted(metadata.dynamic) or 'nothing'}: "
-            f"{str(error).strip().splitlines()[0][:300]}. Try it without --dynamic size."
+            f"{first_line(error)}. Try it without --dynamic size."
         ) from error
     assert program is not None
     model = program.model_proto

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as tv
 
-from aicsd_deploy.errors import InputError
+from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.files import existing_file
 
 
@@ -99,11 +99,11 @@ def _load_weights(network: nn.Module, path: Path | None) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
-            f"{path} is not a weights file that can be loaded safely ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{path} is not a weights file that can be loaded safely ({type(error).__name__}: {first_line(error)}). "
             "It must be a plain state dict saved by torch.save, or .safetensors."
         ) from error
     own = {k: v.shape for k, v in network.state_dict().items()}
-    given = {k: v.shape for k, v in state.items()} if isinstance(state, dict) else {}
+    given = {k: v.shape for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     head = [k for k in own if k.split(".")[0] in ("fc", "classifier")]
     wrong = [k for k, shape in own.items() if k not in head and given.get(k) != shape]
     if wrong:

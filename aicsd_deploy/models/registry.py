@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.models.backbones import Backbone, mobilenet_v2, resnet
 from aicsd_deploy.models.deeplab import DeepLabV3Plus
 from aicsd_deploy.models.lraspp import LRASPP
@@ -107,11 +107,12 @@ def _from_callable(name: str, num_classes: int) -> nn.Module:
         sys.path.append(str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+        model = function(num_classes)
+    except Exception as error:  # whatever the user's own code raises
         raise InputError(
-            f"{name!r} cannot be imported: {error}. It must be importable from the working folder."
+            f"{name!r} cannot be imported and called with the number of classes ({type(error).__name__}: {first_line(error)}). "
+            "It must be importable from the working folder."
         ) from error
-    model = function(num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(f"{name}({num_classes}) returned {type(model).__name__}, not a torch.nn.Module.")
     return model

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 
@@ -33,7 +33,7 @@ class OrtBackend(Backend):
         except Exception as error:  # its errors share no base class
             raise InputError(
                 f"{path} is no ONNX file that ONNX Runtime {ort.__version__} can load, or it is damaged: "
-                f"{str(error).splitlines()[0][:300]}"
+                f"{first_line(error)}"
             ) from error
         self._assert_provider(device)
         self.metadata = _read_metadata(self._session, path)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call_script
+from helpers import call_script, write_folder_dataset
+from PIL import Image
 
 CKPT, ONNX = "runs/student/best.pt", "runs/student/student.onnx"
 
@@ -22,8 +23,37 @@ def prepare_bad_files(folder: Path, trained: Path) -> None:
     checkpoint_of_another_network(trained / CKPT, folder / "other.pt")
     torch.save({"weight": torch.zeros(3)}, folder / "foreign.pt")
     (folder / "empty").mkdir()
+    for name, damage in DAMAGED_DATA.items():
+        damage(write_folder_dataset(folder / name))
+    (folder / "wrong_size.yaml").write_text("data: folder:data\nimage_size: huge\n")
+    (folder / "wrong_number.yaml").write_text("data: folder:data\nlr: .inf\n")
     (folder / "bad.yaml").write_text("epochs: [1")
     (folder / "unknown.yaml").write_text("epocs: 3\n")
+
+
+def text_for_an_image(root: Path) -> None:
+    (root / "train/images/003.png").write_text("no picture")
+
+
+def unknown_class_id(root: Path) -> None:
+    Image.new("L", (64, 48), 9).save(root / "val/labels/001.png")
+
+
+def no_images(root: Path) -> None:
+    for path in (root / "train/images").iterdir():
+        path.unlink()
+
+
+def empty_list(root: Path) -> None:
+    (root / "val.txt").write_text("\n")
+
+
+DAMAGED_DATA = {
+    "text_png": text_for_an_image,
+    "unknown_id": unknown_class_id,
+    "no_images": no_images,
+    "empty_list": empty_list,
+}
 
 
 def checkpoint_of_another_network(good: Path, bad: Path) -> None:
@@ -49,6 +79,33 @@ CASES = {
     "teacher, config that is no YAML": ("train/teacher.py --config {t}/bad.yaml --out {o}", "bad.yaml"),
     "teacher, config with an unknown setting": ("train/teacher.py --config {t}/unknown.yaml --out {o}", "epocs"),
     "teacher, too large batch": ("train/teacher.py --data folder:data --batch-size 99 --out {o}", "99"),
+    "teacher, size in words": ("train/teacher.py --config {t}/wrong_size.yaml --out {o}", "huge"),
+    "teacher, endless rate": ("train/teacher.py --config {t}/wrong_number.yaml --out {o}", "lr"),
+    "teacher, text named png": ("train/teacher.py --data folder:{t}/text_png --out {o}", "003.png"),
+    "teacher, unknown class id": ("train/teacher.py --data folder:{t}/unknown_id --out {o}", "label value 9"),
+    "teacher, empty folder": ("train/teacher.py --data folder:{t}/no_images --out {o}", "no pictures"),
+    "teacher, empty list": ("train/teacher.py --data folder:{t}/empty_list --out {o}", "names no image"),
+    "evaluate, empty list": (
+        "train/evaluate.py " + ONNX + " --data folder:{t}/empty_list --json {o}",
+        "names no image",
+    ),
+    "teacher, own code that is no network": (
+        "train/teacher.py --data folder:data --model os.path:join --out {o}",
+        "os.path:join",
+    ),
+    "teacher, own code without a name": ("train/teacher.py --data folder:data --model :net --out {o}", ":net"),
+    "teacher, a size its network cannot take": (
+        "train/teacher.py --data folder:data --model smp:DeepLabV3Plus:resnet18 --image-size 40x40 --out {o}",
+        "40x40",
+    ),
+    "teacher, weights that are a checkpoint": (
+        "train/teacher.py --data folder:data --model lraspp_resnet18 --backbone-weights " + CKPT + " --out {o}",
+        "ResNet weights",
+    ),
+    "distill, none with a teacher": (
+        "train/distill.py --data folder:data --method none --teacher x.pt --out {o}",
+        "takes no",
+    ),
     "distill, missing teacher": ("train/distill.py --data folder:data --teacher {t}/none.pt --out {o}", "none.pt"),
     "distill, text teacher": ("train/distill.py --data folder:data --teacher {t}/text.pt --out {o}", "text.pt"),
     "distill, cut teacher": ("train/distill.py --data folder:data --teacher {t}/cut.pt --out {o}", "cut.pt"),
