@@ -75,59 +75,6 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(work: Path) -> None:
     assert not list((work / "killed").glob(".*"))
 
 
-def killed_at_a_rename(work: Path, arguments: list[object], *, at: int, before: bool) -> bool:
-    """Run distill.py in a child that is killed (SIGKILL) right before or after its `at`-th file takes its place."""
-    child = os.fork()
-    if child == 0:
-        renames, rename = 0, Path.replace
-
-        def replace(path: Path, target: Path) -> Path:
-            nonlocal renames
-            renames += 1
-            if renames == at and before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = rename(path, target)
-            if renames == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        Path.replace = replace  # type: ignore[method-assign, assignment]
-        os._exit(call_script("train/distill.py", *arguments, cwd=work).returncode)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-def test_distillation_killed_while_files_are_written_ends_the_same(trained: Path, tmp_path: Path) -> None:
-    common = [
-        *TINY,
-        "--student",
-        "tiny_network:tiny",
-        "--epochs",
-        4,
-        "--val-every",
-        1,
-        "--save-every",
-        2,
-        "--log-every",
-        1,
-    ]
-    common += ["--resume", "auto"]
-    assert call_script("train/distill.py", *common, "--out", tmp_path / "whole", cwd=trained).returncode == 0
-    arguments = [*common, "--out", tmp_path / "killed"]
-    kills = [
-        killed_at_a_rename(trained, arguments, at=at, before=before)
-        for at in (1, 2, 3, 4, 5)
-        for before in (True, False)
-    ]
-    assert sum(kills) >= 6, "the run ended before it could be killed often"
-    (tmp_path / "killed" / ".best.left.tmp.pt").touch()
-    assert call_script("train/distill.py", *arguments, cwd=trained).returncode == 0
-    for name in ("best.pt", "last.pt"):
-        whole, killed = (torch.load(tmp_path / run / name, weights_only=True)["model"] for run in ("whole", "killed"))
-        assert all(torch.equal(whole[key], killed[key]) for key in whole), name
-    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "killed")
-    assert not list((tmp_path / "killed").glob(".*"))
-
-
 def test_a_run_is_not_resumed_with_another_teacher(trained: Path, tmp_path: Path) -> None:
     common = [*TINY, "--student", "tiny_network:tiny", "--epochs", 2, "--out", tmp_path / "s", "--resume", "auto"]
     assert call_script("train/distill.py", *common, "--teacher", "runs/teacher/best.pt", cwd=trained).returncode == 0
