@@ -50,7 +50,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = action.default is not None and action.default is not argparse.SUPPRESS and action.option_strings
+        shown = action.default not in (None, argparse.SUPPRESS, (), []) and action.option_strings
         return text + (" (default: %(default)s)" if shown and action.nargs != 0 else "")
 
 
@@ -74,6 +74,31 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small; give 1 or more")
     return value
+
+
+def shape_nhw(text: str) -> tuple[int, int, int]:
+    """Read "4x360x480" as (batch, height, width)."""
+    try:
+        batch, height, width = (positive_int(part) for part in text.lower().split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write NxHxW, for example 4x360x480") from None
+    return batch, height, width
+
+
+def fraction(text: str) -> float:
+    """Read a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give a share from 0 to 1")
+    return value
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read "sm86,sm89" as its parts, each once, in small letters."""
+    return tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
 
 
 def device_name(text: str) -> str:

@@ -12,12 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
+
+from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.export.deploy_module import Normalize
+from aicsd_deploy.export.verify import frames_for_comparison
+from aicsd_deploy.metadata import Metadata, SegClass
+from aicsd_deploy.models import build_model
+from aicsd_deploy.runtime.frames import resize_image
 
 REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / "shared"
 COLORS = np.array([(200, 60, 40), (40, 160, 60), (50, 70, 190)], np.uint8)
 SIZE_HW = (48, 64)
+CLASSES = tuple(SegClass(name, (i, 2 * i, 3 * i)) for i, name in enumerate("abcde"))
 TINY = ["--data", "folder:data", "--batch-size", 4, "--val-every", 4, "--threads", 1, "--warmup-steps", 2, "--lr", 0.02]
 """Settings of a training that takes seconds."""
 
@@ -81,3 +92,24 @@ def run_script(script: str, *arguments: object, cwd: Path, timeout: float = 300)
         env={**os.environ, "OMP_NUM_THREADS": "1", "AICSD_TRUST": "tiny_network:tiny"},
         check=False,
     )
+
+
+def random_checkpoint(
+    path: Path, model: str, size_hw: tuple[int, int] = (64, 96), classes: tuple[SegClass, ...] = CLASSES
+) -> Checkpoint:
+    """A network with random weights, but with statistics of batch normalisation and a use of all classes as a trained one."""
+    torch.manual_seed(0)
+    network = build_model(model, num_classes=len(classes))
+    metadata = Metadata(model, classes, size_hw, data="synthetic")
+    frames = frames_for_comparison(open_dataset("synthetic", "val"), count=8)
+    pictures = torch.from_numpy(np.stack([resize_image(frame, size_hw) for frame in frames])).permute(0, 3, 1, 2)
+    images = Normalize(metadata)(pictures)
+    network.train()
+    with torch.no_grad():
+        for _ in range(30):
+            network(images)
+        # Every class is made to win somewhere, so that a wrong graph shows.
+        last = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None][-1]
+        last.bias -= network.eval()(images).mean(dim=(0, 2, 3))
+    save_checkpoint(path, Checkpoint(metadata, network.state_dict()))
+    return load_checkpoint(path)

@@ -11,20 +11,21 @@ import pytest
 from helpers import REPO
 
 PACKAGE = REPO / "aicsd_deploy"
-TORCH_FREE = ("errors", "files", "metadata", "cli", "console", "runs", "metrics", "runtime.base", "runtime.frames", "runtime.ort_backend", "video", "bench", "data.synthetic", "data.spec", "data.check", "evaluate", "export.verify")  # fmt: skip
+TORCH_FREE = ("errors", "files", "metadata", "cli", "console", "runs", "metrics", "runtime.base", "runtime.frames", "runtime.ort_backend", "runtime.trt_backend", "video", "bench", "data.synthetic", "data.spec", "data.check", "evaluate", "export.verify")  # fmt: skip
 TRAINING_PACKAGES = ("torch", "torchvision", "pydantic", "yaml", "rich", "onnx", "onnxscript", "matplotlib", "tensorboard", "timm", "segmentation_models_pytorch")  # fmt: skip
 # A layer may import those before it, not those after it. What stands together in a line may know each other.
 LAYERS = (
     ("errors",),
     ("files", "metadata"),
     ("console", "cli", "runs"),
-    ("runtime.base", "runtime.frames", "runtime.ort_backend"),
+    ("runtime.driver", "runtime.tensorrt_module", "runtime.engine_card", "runtime.device_memory"),
+    ("runtime.base", "runtime.frames", "runtime.ort_backend", "runtime.trt_backend"),
     ("config", "models", "losses", "metrics", "data.dataset", "data.folder", "data.spec", "data.synthetic"),
     ("data.transforms", "data.loader", "video"),
     ("checkpoint", "data.check"),
     ("distiller", "export.deploy_module"),
-    ("runtime.torch_backend", "export.tensorrt_build"),
-    ("evaluate", "export.verify", "export.onnx_export", "tracking"),
+    ("runtime.torch_backend", "export.tensorrt_build", "export.precision", "export.ranges", "export.engine_checks"),
+    ("evaluate", "export.verify", "export.onnx_export", "export.gate", "export.engine", "tracking"),
     ("trainer", "bench"),
     ("recipes",),
 )

@@ -38,16 +38,23 @@ def frames_for_comparison(dataset: SegmentationDataset, *, count: int) -> list[U
     return [np.ascontiguousarray(dataset.load(i)[0][..., ::-1]) for i in indices]
 
 
-def compare(reference: Backend, candidate: Backend, frames_bgr: Sequence[UInt8Array]) -> Agreement:
+def compare(
+    reference: Backend,
+    candidate: Backend,
+    frames_bgr: Sequence[UInt8Array],
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> Agreement:
     """Label frames with both backends and count the pixels on which they agree.
 
-    Where the candidate takes any size, three sizes are tried: its own, half and one and a half times that, in steps of 32.
+    Where the candidate takes any size, `sizes` are tried; by default three: its own, half and one and a half times that, in
+    steps of 32.
     Where it takes any batch, the frames also go through it in one batch.
     """
     classes = reference.metadata.class_names
     alike, total = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
     by_size: dict[str, float] = {}
-    for size in _sizes(candidate):
+    for size in sizes or sizes_to_try(candidate):
         frames = np.stack([resize_image(frame, size) for frame in frames_bgr])
         if candidate.metadata.channel_order == "rgb":
             frames = np.ascontiguousarray(frames[..., ::-1])
@@ -80,7 +87,8 @@ def require_agreement(agreement: Agreement, *, what: str, minimum: float = MIN_A
     )
 
 
-def _sizes(candidate: Backend) -> list[tuple[int, int]]:
+def sizes_to_try(candidate: Backend) -> list[tuple[int, int]]:
+    """Return the frame sizes (height, width) at which an artefact is to be compared."""
     own = candidate.metadata.image_size_hw
     if "size" not in candidate.metadata.dynamic:
         return [own]

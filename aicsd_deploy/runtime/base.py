@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
 from aicsd_deploy.metadata import Metadata
 
@@ -25,11 +25,13 @@ class Backend(ABC):
         metadata: what the artefact says about itself.
         name: runtime and provider that really run, for example "onnxruntime CPU".
         device: "cpu", "cuda:0", ...
+        concurrency: how many calls of `infer` from different threads run at once and are faster for it.
     """
 
     metadata: Metadata
     name: str
     device: str
+    concurrency: int = 1
 
     @abstractmethod
     def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
@@ -71,13 +73,16 @@ class Backend(ABC):
             raise InputError(f"This artefact takes one frame at a time, not {shape[0]}. Export with --dynamic batch.")
 
 
-def open_backend(path: Path | str, *, device: str = "auto", threads: int | None = None) -> Backend:
+def open_backend(
+    path: Path | str, *, device: str = "auto", threads: int | None = None, memory: str = "auto"
+) -> Backend:
     """Load an artefact and make it ready to run.
 
     Args:
         path: a .pt checkpoint, an .onnx file or a TensorRT .plan.
         device: "auto" (a GPU where the runtime can use one, else the CPU), "cpu", "cuda" or "cuda:N".
         threads: CPU threads the network may use; None leaves it to the runtime.
+        memory: who owns the GPU memory of a .plan: "torch", "cuda-python", "pycuda", or "auto" for the first that is there.
 
     Raises:
         InputError: the file is missing, damaged, or not one of the three kinds.
@@ -93,9 +98,9 @@ def open_backend(path: Path | str, *, device: str = "auto", threads: int | None 
 
         return OrtBackend(path, device=device, threads=threads)
     if path.suffix.lower() == ".plan":
-        raise MissingDependencyError(
-            f"{path}: this version of aicsd-deploy cannot run TensorRT engines yet. Run the .onnx file it was built from."
-        )
+        from aicsd_deploy.runtime.trt_backend import TensorRTBackend
+
+        return TensorRTBackend(path, device=device, memory=memory)
     from aicsd_deploy.runtime.torch_backend import TorchBackend
 
     return TorchBackend.open(path, device=device, threads=threads)

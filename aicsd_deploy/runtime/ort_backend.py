@@ -35,6 +35,7 @@ class OrtBackend(Backend):
                 f"{path} is no ONNX file that ONNX Runtime {ort.__version__} can load, or it is damaged: "
                 f"{first_line(error)}"
             ) from error
+        self._path = path
         self._assert_provider(device)
         self.metadata = _read_metadata(self._session, path)
         self.name = "onnxruntime " + self._session.get_providers()[0].removesuffix("ExecutionProvider")
@@ -42,7 +43,11 @@ class OrtBackend(Backend):
 
     def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
         self.check_frames(frames_NHWC)
-        (labels_NHW,) = self._session.run(None, {self._input: frames_NHWC})
+        try:
+            (labels_NHW,) = self._session.run(None, {self._input: frames_NHWC})
+        except Exception as error:  # its errors share no base class
+            height, width = frames_NHWC.shape[1:3]
+            raise InputError(f"{self._path} cannot run on frames of {height}x{width}: {first_line(error)}") from error
         return np.asarray(labels_NHW, dtype=np.uint8)
 
     def _assert_provider(self, device: str) -> None:

@@ -8,39 +8,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import call_script
+from helpers import CLASSES, call_script, random_checkpoint
 from torch import nn
 
-from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.export.deploy_module import DeployModule, Normalize
 from aicsd_deploy.export.onnx_export import export_onnx, fuse_batch_norm
 from aicsd_deploy.export.verify import compare, frames_for_comparison, require_agreement
-from aicsd_deploy.metadata import Metadata, SegClass
+from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runtime.base import open_backend
 from aicsd_deploy.runtime.frames import resize_image
-
-CLASSES = tuple(SegClass(name, (i, 2 * i, 3 * i)) for i, name in enumerate("abcde"))
-
-
-def random_checkpoint(path: Path, model: str, size_hw: tuple[int, int] = (64, 96)) -> Checkpoint:
-    """A network with random weights, but with statistics of batch normalisation and a use of all classes as a trained one."""
-    torch.manual_seed(0)
-    network = build_model(model, num_classes=len(CLASSES))
-    metadata = Metadata(model, CLASSES, size_hw, data="synthetic")
-    pictures = torch.from_numpy(np.stack([resize_image(frame, size_hw) for frame in frames(8)])).permute(0, 3, 1, 2)
-    images = Normalize(metadata)(pictures)
-    network.train()
-    with torch.no_grad():
-        for _ in range(30):
-            network(images)
-        # Every class is made to win somewhere, so that a wrong graph shows.
-        last = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None][-1]
-        last.bias -= network.eval()(images).mean(dim=(0, 2, 3))
-    save_checkpoint(path, Checkpoint(metadata, network.state_dict()))
-    return load_checkpoint(path)
 
 
 def frames(count: int = 4) -> list[np.ndarray]:

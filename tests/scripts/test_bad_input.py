@@ -17,6 +17,7 @@ def prepare_bad_files(folder: Path, trained: Path) -> None:
     (folder / "text.pt").write_text("no network")
     (folder / "text.mp4").write_text("no video")
     (folder / "empty.onnx").touch()
+    (folder / "bare.plan").write_text("an engine")
     onnx, checkpoint = (trained / ONNX).read_bytes(), (trained / CKPT).read_bytes()
     (folder / "cut.onnx").write_bytes(onnx[: len(onnx) // 2])
     (folder / "cut.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
@@ -136,6 +137,12 @@ CASES = {
     "to_trt, cut": ("export/to_trt.py {t}/cut.onnx --fp16 -o {o}.plan", "cut.onnx"),
     "to_trt, a checkpoint": ("export/to_trt.py " + CKPT + " --fp16 -o {o}.plan", "to_onnx.py"),
     "to_trt, two precisions": ("export/to_trt.py " + ONNX + " --fp16 --int8 -o {o}.plan", "--int8"),
+    "to_trt, wrong suffix": ("export/to_trt.py " + ONNX + " -o {o}.engine", ".plan"),
+    "to_trt, no folder for frames": (
+        "export/to_trt.py " + ONNX + " --flavor rtx --data folder:none -o {o}.plan",
+        "none",
+    ),
+    "video, a plan without its card": ("demo/video.py --engine {t}/bare.plan -o {o}.mp4", "bare.plan.json"),
     "benchmark, missing": ("demo/benchmark.py {t}/none.onnx --out {o}", "none.onnx"),
     "benchmark, cut": ("demo/benchmark.py " + ONNX + " {t}/cut.onnx --out {o}", "cut.onnx"),
     "benchmark, empty": ("demo/benchmark.py {t}/empty.onnx --out {o}", "empty.onnx"),
@@ -178,7 +185,8 @@ def test_tensorrt_says_what_this_machine_lacks(trained: Path, tmp_path: Path) ->
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        result = call_script("export/to_trt.py", ONNX, "--fp16", "-o", tmp_path / "x.plan", cwd=trained)
+        arguments = [ONNX, "--fp16", "--flavor", "tensorrt", "-o", tmp_path / "x.plan"]
+        result = call_script("export/to_trt.py", *arguments, cwd=trained)
         assert result.returncode == 2
         assert "no NVIDIA driver" in result.stderr
         assert not list(tmp_path.iterdir())

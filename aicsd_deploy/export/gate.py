@@ -1,0 +1,143 @@
+"""The gate of low precision: how much an engine loses against the checkpoint, in agreement and in mIoU, and how much it may."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aicsd_deploy.data.dataset import LabelledImage, SegmentationDataset
+from aicsd_deploy.errors import InputError, VerificationError
+from aicsd_deploy.evaluate import evaluate
+from aicsd_deploy.export.verify import Agreement, compare, frames_for_comparison
+from aicsd_deploy.runtime.base import Backend
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an artefact may lose.
+
+    Attributes:
+        agreement: smallest share of pixels labelled as the reference labels them, 0 to 1.
+        miou_drop: largest fall of mIoU, in points of a hundred.
+    """
+
+    agreement: float
+    miou_drop: float
+
+    def replaced(self, agreement: float | None, miou_drop: float | None) -> Limits:
+        """Return these limits with those that are given in their place."""
+        return Limits(
+            self.agreement if agreement is None else agreement, self.miou_drop if miou_drop is None else miou_drop
+        )
+
+
+LIMITS = {
+    "fp32": Limits(agreement=0.999, miou_drop=0.1),
+    "fp16": Limits(agreement=0.995, miou_drop=0.5),
+    "bf16": Limits(agreement=0.98, miou_drop=1.0),
+    "int8": Limits(agreement=0.95, miou_drop=1.0),
+    "fp8": Limits(agreement=0.95, miou_drop=1.0),
+}
+"""By precision. bfloat16 keeps 8 bits of a number, float16 keeps 11; quantised formats move edges between classes."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an artefact lost against its reference.
+
+    Attributes:
+        agreement: on which pixels both agree, at every size tried.
+        reference_miou, candidate_miou: mIoU of both on the same images, 0 to 1.
+        iou_drop: for every class, how far its IoU fell, 0 to 1; None for one that does not occur.
+    """
+
+    agreement: Agreement
+    reference_miou: float
+    candidate_miou: float
+    iou_drop: dict[str, float | None]
+
+    @property
+    def worst_size(self) -> tuple[str, float]:
+        """The size at which they agree least, and the share of pixels there."""
+        return min(self.agreement.by_size.items(), key=lambda item: item[1])
+
+    @property
+    def miou_drop(self) -> float:
+        """How far mIoU fell, in points of a hundred."""
+        return 100 * (self.reference_miou - self.candidate_miou)
+
+    def within(self, limits: Limits) -> bool:
+        """Say whether no more was lost than is allowed."""
+        return self.worst_size[1] >= limits.agreement and self.miou_drop <= limits.miou_drop
+
+    def worst_classes(self, count: int = 3) -> list[str]:
+        """Name the classes that lost most IoU."""
+        known = {name: drop for name, drop in self.iou_drop.items() if drop is not None}
+        return [f"{n} {-100 * d:+.1f}" for n, d in sorted(known.items(), key=lambda item: -item[1])[:count]]
+
+
+class _Some(SegmentationDataset):
+    """A few images of a data set, evenly spread, read once."""
+
+    def __init__(self, dataset: SegmentationDataset, count: int) -> None:
+        self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
+        step = max(1, len(dataset) // count)
+        self._indices = list(range(0, len(dataset), step))[:count]
+        self._names = [dataset.name(i) for i in self._indices]
+        self._images = [dataset.load(i) for i in self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def load(self, index: int) -> LabelledImage:
+        return self._images[index]
+
+
+def measure_loss(
+    reference: Backend,
+    candidate: Backend,
+    dataset: SegmentationDataset,
+    *,
+    frames: int,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> Loss:
+    """Run both on labelled images.
+
+    Args:
+        reference: what is right: the checkpoint.
+        candidate: the engine, or the graph it was built from.
+        dataset: labelled images of the same classes.
+        frames: how many of them to take, evenly spread.
+        sizes: see `compare`.
+    """
+    some = _Some(dataset, frames)
+    try:
+        agreement = compare(reference, candidate, frames_for_comparison(some, count=frames), sizes=sizes)
+    except InputError as error:
+        raise VerificationError(f"It does not run at every size it was built for: {error} It was not kept.") from error
+    names = reference.metadata.class_names
+    ours = evaluate(candidate, some, title="scoring the engine").scores(names)
+    theirs = evaluate(reference, some, title="scoring the reference").scores(names)
+    drop = {n: _difference(theirs.per_class_iou[n], ours.per_class_iou[n]) for n in names}
+    return Loss(agreement, theirs.miou, ours.miou, drop)
+
+
+def require_within(loss: Loss, limits: Limits, *, what: str, layers: Sequence[str] = ()) -> None:
+    """Raise VerificationError where more was lost than is allowed, naming the worst classes and the layers given."""
+    if loss.within(limits):
+        return
+    size, share = loss.worst_size
+    worst = f" Layers that add most error: {', '.join(layers)}." if layers else ""
+    raise VerificationError(
+        f"{what} does not do what the checkpoint does: at {size} they agree on {100 * share:.2f} % of the pixels (at least "
+        f"{100 * limits.agreement:g} % required), and mIoU falls by {loss.miou_drop:.2f} points (at most {limits.miou_drop:g} allowed). It was "
+        f"not kept. Classes that lose most IoU: {', '.join(loss.worst_classes())}.{worst} Try a wider format (--fp16, --fp32), or "
+        "say what you accept with --min-agreement and --max-miou-drop."
+    )
+
+
+def _difference(reference: float | None, candidate: float | None) -> float | None:
+    return None if reference is None else reference - (candidate or 0.0)

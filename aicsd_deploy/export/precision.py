@@ -1,0 +1,234 @@
+"""Number formats baked into an ONNX graph: what TensorRT builds is what the graph says.
+
+TensorRT 11 and TensorRT-RTX take no precision flags; TensorRT 10 follows the graph as well when a network is strongly typed.
+So a float32 graph is rewritten: weights stored in float16 or bfloat16, casts only where the two formats meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from aicsd_deploy.errors import InputError
+
+Half = Literal["fp16", "bf16"]
+BF16_OPSET = 22
+"""The first operator set whose convolutions and poolings take bfloat16."""
+
+_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_NUMPY: dict[str, Any] = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_FLOAT_INPUTS = {"Resize": (1, 2), "Upsample": (1,)}
+"""Inputs that the operator takes in float32 only."""
+_UNTOUCHED = (
+    "Cast",
+    "CastLike",
+    "Shape",
+    "Size",
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "If",
+    "Loop",
+    "Scan",
+    "ConstantOfShape",
+)
+
+
+@dataclass(frozen=True)
+class HalfGraph:
+    """A graph in half precision.
+
+    Attributes:
+        model: the graph.
+        low: names of the nodes that run in half precision.
+        kept: names of the nodes that stay in float32 although they could run in half precision.
+    """
+
+    model: onnx.ModelProto
+    low: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), emulate: bool = False) -> HalfGraph:
+    """Rewrite a float32 graph for half precision.
+
+    What comes before the first convolution (the normalisation of the frames) stays in float32: it is next to free there, and
+    bfloat16 cannot hold its constants well.
+
+    Args:
+        model: a float32 graph whose nodes have names; it is not changed.
+        half: "fp16" or "bf16"; bf16 lifts the graph to operator set 22.
+        keep: names of nodes to leave in float32.
+        emulate: keep every tensor in float32 but round it to what `half` can hold. For runtimes without kernels for it.
+
+    Returns:
+        The graph; its inputs and outputs keep their types.
+
+    Raises:
+        InputError: the graph cannot be lifted to the operator set that bf16 needs, or is no valid graph.
+    """
+    if half == "bf16" and not emulate:
+        model = _at_least(model, BF16_OPSET)
+    model = with_constants_as_initializers(model)
+    rewriter = _Rewriter(model, half, frozenset(keep), emulate)
+    rewriter.run()
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InputError(
+            f"This graph cannot be written in {half}: {error}. Build it with --fp32, and report the network."
+        ) from error
+    return HalfGraph(model, tuple(rewriter.low), tuple(rewriter.kept))
+
+
+def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the element type (TensorProto.DataType) of every tensor of a graph whose type can be inferred."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    values = [*inferred.value_info, *inferred.input, *inferred.output]
+    return {v.name: v.type.tensor_type.elem_type for v in values} | {i.name: i.data_type for i in inferred.initializer}
+
+
+def float_candidates(model: onnx.ModelProto, types: Mapping[str, int]) -> list[onnx.NodeProto]:
+    """Return the nodes that could run in half precision: those with float32 inputs, from the first weighted node on."""
+    after_weights: set[str] = set()
+    found = []
+    for node in model.graph.node:
+        floats = [name for name in node.input if types.get(name) == TensorProto.FLOAT]
+        if not floats or node.op_type in _UNTOUCHED:
+            continue
+        if node.op_type in _WEIGHTED or not after_weights.isdisjoint(floats):
+            found.append(node)
+            after_weights.update(node.output)
+    return found
+
+
+def with_constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a graph whose Constant nodes have become initializers."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    nodes = list(copy.graph.node)
+    del copy.graph.node[:]
+    for node in nodes:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = copy.graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+        else:
+            copy.graph.node.append(node)
+    return copy
+
+
+def _at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    found = next(entry.version for entry in model.opset_import if not entry.domain)
+    if found >= opset:
+        return model
+    try:
+        lifted = onnx.version_converter.convert_version(model, opset)
+    except Exception as error:  # a C++ exception without a class of its own
+        raise InputError(
+            f"bf16 needs ONNX operator set {opset}, and this graph of set {found} cannot be lifted: {error}. "
+            f"Export it with: python export/to_onnx.py --opset {opset}"
+        ) from error
+    del lifted.metadata_props[:]
+    lifted.metadata_props.extend(model.metadata_props)
+    return lifted
+
+
+class _Rewriter:
+    """Walks a graph in its order and gives every tensor that a half-precision node reads or writes its new type."""
+
+    def __init__(self, model: onnx.ModelProto, half: Half, keep: frozenset[str], emulate: bool) -> None:
+        self.graph, self.half, self.keep, self.emulate = model.graph, half, keep, emulate
+        self.types = tensor_types(model)
+        self.candidates = {node.name for node in float_candidates(model, self.types)}
+        self.weights = {i.name: i for i in self.graph.initializer}
+        self.half_tensors: set[str] = set()
+        self.made: dict[tuple[str, int], str] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.low: list[str] = []
+        self.kept: list[str] = []
+
+    def run(self) -> None:
+        outputs = {output.name for output in self.graph.output}
+        for node in list(self.graph.node):
+            if node.name in self.candidates and node.name not in self.keep:
+                self.low.append(node.name)
+                self._lower(node, outputs)
+            else:
+                if node.name in self.candidates:
+                    self.kept.append(node.name)
+                for i, name in enumerate(node.input):
+                    if name in self.half_tensors:
+                        node.input[i] = self._cast(name, TensorProto.FLOAT)
+                self.nodes.append(node)
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input} | outputs
+        remaining = [i for i in self.graph.initializer if i.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(remaining)
+        del self.graph.value_info[:]
+
+    def _lower(self, node: onnx.NodeProto, outputs: set[str]) -> None:
+        for i, name in enumerate(node.input):
+            if self.types.get(name) != TensorProto.FLOAT or i in _FLOAT_INPUTS.get(node.op_type, ()):
+                continue
+            if name in self.weights:
+                node.input[i] = self._half_weight(name)
+            elif name not in self.half_tensors:
+                node.input[i] = self._to_half(name)
+        self.nodes.append(node)
+        for i, name in enumerate(node.output):
+            if self.types.get(name) != TensorProto.FLOAT:
+                continue
+            if name in outputs or self.emulate:
+                # Its readers find the value under the old name: as float32, rounded.
+                node.output[i] = f"{name}_{self.half}"
+                if self.emulate:
+                    self._emit("Cast", node.output[i], f"{name}_rounded", _TYPES[self.half])
+                    self._emit("Cast", f"{name}_rounded", name, TensorProto.FLOAT)
+                else:
+                    self._emit("Cast", node.output[i], name, TensorProto.FLOAT)
+            else:
+                self.half_tensors.add(name)
+
+    def _half_weight(self, name: str) -> str:
+        new = f"{name}_{self.half}"
+        if (name, 0) not in self.made:
+            rounded = _rounded(numpy_helper.to_array(self.weights[name]), self.half)
+            stored = rounded.astype(np.float32) if self.emulate else rounded
+            self.graph.initializer.append(numpy_helper.from_array(stored, new))
+            self.made[name, 0] = new
+        return new
+
+    def _to_half(self, name: str) -> str:
+        low = self._cast(name, _TYPES[self.half])
+        return self._cast(low, TensorProto.FLOAT) if self.emulate else low
+
+    def _cast(self, name: str, to: int) -> str:
+        if (name, to) not in self.made:
+            self.made[name, to] = f"{name}_as_{helper.tensor_dtype_to_np_dtype(to).name}"
+            self._emit("Cast", name, self.made[name, to], to)
+        return self.made[name, to]
+
+    def _emit(self, kind: str, source: str, target: str, to: int) -> None:
+        self.nodes.append(helper.make_node(kind, [source], [target], name=f"{target}_{kind.lower()}", to=to))
+
+
+def rounding_error(values: npt.NDArray[np.float32], half: Half) -> float:
+    """Return the L2 norm of what weights lose in a half format; infinite where one overflows."""
+    error = float(np.linalg.norm(_rounded(values, half).astype(np.float32) - values))
+    return error if np.isfinite(error) else float("inf")
+
+
+def _rounded(values: npt.NDArray[np.float32], half: Half) -> npt.NDArray[Any]:
+    with np.errstate(over="ignore"):
+        rounded: npt.NDArray[Any] = values.astype(_NUMPY[half])
+    return rounded

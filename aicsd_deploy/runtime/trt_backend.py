@@ -1,0 +1,190 @@
+"""Runs a TensorRT or TensorRT-RTX engine on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.runtime.base import Backend, UInt8Array
+from aicsd_deploy.runtime.device_memory import Buffer, DeviceMemory, open_memory
+from aicsd_deploy.runtime.engine_card import EngineCard, read_card, require_gpu_device
+from aicsd_deploy.runtime.tensorrt_module import NAMES, load_tensorrt, logger, require_tensorrt_gpu
+
+HOST_CODE = "tensorrt-host-code"
+"""In AICSD_TRUST: load version-compatible engines, which carry code for the CPU."""
+
+
+class TensorRTBackend(Backend):
+    """An engine, ready for calls from any number of threads.
+
+    Each of its lanes has an execution context, a stream and page-locked memory of its own, so that one frame is uploaded while
+    another computes and a third is downloaded. A lane captures upload, engine and download once as a CUDA graph and replays it.
+    """
+
+    def __init__(
+        self, path: Path, *, device: str = "auto", memory: str = "auto", lanes: int = 2, graph: bool = True
+    ) -> None:
+        """Load an engine; see `open_backend`.
+
+        Args:
+            path: the .plan; its .plan.json lies beside it.
+            device: "auto", "cuda" or "cuda:N".
+            memory: who owns the GPU's memory; see `open_memory`.
+            lanes: how many calls run at once; each takes memory of its own.
+            graph: replay a CUDA graph instead of giving the GPU every kernel anew.
+        """
+        card = read_card(path)
+        index = require_gpu_device(device, path)
+        gpu = require_tensorrt_gpu(card.flavor, why=f"{path} is a TensorRT engine.", index=index)
+        trt = load_tensorrt(card.flavor)
+        card.require_fit(path, gpu=gpu, version=str(trt.__version__))
+        self.metadata = card.metadata
+        self.device = f"cuda:{index}"
+        self._memory = open_memory(memory, index=index)
+        self.name = f"{NAMES[card.flavor]} {card.metadata.precision} ({self._memory.name})"
+        with self._memory.current():
+            self._runtime = trt.Runtime(logger(card.flavor))
+            self._engine = _deserialize(trt, self._runtime, path, card)
+            self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+            for _ in range(lanes):
+                self._lanes.put(_Lane(trt, self._engine, self._memory, card, graph))
+        self.concurrency = lanes
+        self._largest_batch = max((profile[2][0] for profile in card.profiles), default=1)
+
+    def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
+        self.check_frames(frames_NHWC)
+        if frames_NHWC.shape[0] > self._largest_batch:
+            step = self._largest_batch
+            return np.concatenate([self.infer(frames_NHWC[i : i + step]) for i in range(0, frames_NHWC.shape[0], step)])
+        lane = self._lanes.get()
+        try:
+            with self._memory.current():
+                return lane.infer(frames_NHWC)
+        finally:
+            self._lanes.put(lane)
+
+    def close(self) -> None:
+        """Give the GPU's memory back; calls that are running end first."""
+        with self._memory.current():
+            for _ in range(self.concurrency):
+                self._lanes.get().close()
+            self.concurrency = 0
+            # TensorRT wants its objects gone in this order.
+            self._engine = None
+            self._runtime = None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a lane holds for frames of one shape: views of its page-locked memory, and the call that does the work."""
+
+    frames_NHWC: UInt8Array
+    labels_NHW: UInt8Array
+    buffers: tuple[Buffer, Buffer]
+    replay: Callable[[], None]
+
+
+class _Lane:
+    """One execution context with its stream, its buffers and the graph of its last shape."""
+
+    def __init__(self, trt: Any, engine: Any, memory: DeviceMemory, card: EngineCard, graph: bool) -> None:
+        self._memory, self._profiles, self._graph = memory, card.profiles, graph
+        self._context = _context(trt, engine, card)
+        if self._context is None:
+            raise InputError(
+                f"The GPU has no memory left for another execution context: {' '.join(logger(card.flavor).messages)}"
+            )
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        (self._input,) = (n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
+        (self._output,) = (n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT)
+        self._stream = memory.stream()
+        self._profile = 0
+        self._ready: _Ready | None = None
+
+    def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
+        if self._ready is None or self._ready.frames_NHWC.shape != frames_NHWC.shape:
+            self._ready = None  # until the new shape works
+            self._ready = self._prepare(frames_NHWC.shape)
+        np.copyto(self._ready.frames_NHWC, frames_NHWC)
+        self._ready.replay()
+        self._memory.wait(self._stream)
+        return self._ready.labels_NHW.copy()
+
+    def close(self) -> None:
+        self._memory.wait(self._stream)
+        self._ready = None
+        self._context = None
+
+    def _prepare(self, shape_NHWC: tuple[int, ...]) -> _Ready:
+        """Choose the profile, make the buffers, run once so that the kernels settle, and record the graph."""
+        profile = self._profile_for(shape_NHWC)
+        if profile != self._profile:
+            self._context.set_optimization_profile_async(profile, self._memory.handle(self._stream))
+            self._profile = profile
+        if not self._context.set_input_shape(self._input, shape_NHWC):
+            raise InputError(f"The engine does not take frames of shape {shape_NHWC}.")
+        labels_shape = tuple(self._context.get_tensor_shape(self._output))
+        frames = self._memory.buffer(int(np.prod(shape_NHWC)))
+        labels = self._memory.buffer(int(np.prod(labels_shape)))
+        self._context.set_tensor_address(self._input, frames.address)
+        self._context.set_tensor_address(self._output, labels.address)
+
+        def work() -> None:
+            self._memory.upload(frames, self._stream)
+            if not self._context.execute_async_v3(self._memory.handle(self._stream)):
+                raise RuntimeError("TensorRT could not start the engine")
+            self._memory.download(labels, self._stream)
+
+        work()
+        self._memory.wait(self._stream)
+        recorded = self._memory.record(self._stream, work) if self._graph else None
+        return _Ready(
+            frames.host.reshape(shape_NHWC), labels.host.reshape(labels_shape), (frames, labels), recorded or work
+        )
+
+    def _profile_for(self, shape_NHWC: tuple[int, ...]) -> int:
+        for number, (smallest, _, largest) in enumerate(self._profiles):
+            if all(low <= extent <= high for low, extent, high in zip(smallest, shape_NHWC, largest, strict=False)):
+                return number
+        if not self._profiles:
+            return 0
+        ranges = "; ".join(f"{'x'.join(map(str, p[0]))} to {'x'.join(map(str, p[2]))}" for p in self._profiles)
+        raise InputError(
+            f"The engine was built for frames of NxHxW {ranges}, not {'x'.join(map(str, shape_NHWC[:3]))}. Resize them, or "
+            "build it again with another --profile."
+        )
+
+
+def _context(trt: Any, engine: Any, card: EngineCard) -> Any:
+    if card.flavor == "tensorrt":
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    # Kernels for a shape are compiled when the shape first comes, not later behind the back of a recorded graph.
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)
+
+
+def _deserialize(trt: Any, runtime: Any, path: Path, card: EngineCard) -> Any:
+    if card.options.get("version_compatible"):
+        if HOST_CODE not in os.environ.get("AICSD_TRUST", "").split(","):
+            raise InputError(
+                f"{path} is version-compatible, so it carries code that runs on the CPU. If you built it yourself, allow it: "
+                f"AICSD_TRUST={HOST_CODE}"
+            )
+        runtime.engine_host_code_allowed = True
+    messages = logger(card.flavor).messages
+    messages.clear()
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise InputError(
+            f"{NAMES[card.flavor]} {trt.__version__} cannot load {path}: {' '.join(messages) or 'it gave no reason'}. Build it again "
+            f"on this machine: {card.rebuild_command}"
+        )
+    return engine

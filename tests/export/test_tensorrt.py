@@ -1,0 +1,321 @@
+"""Engines built for real with TensorRT-RTX, which needs no GPU: in the precision asked for, proved, or not kept."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import call_script, random_checkpoint
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.errors import InputError, MissingDependencyError, VerificationError
+from aicsd_deploy.export.engine import choose_flavor
+from aicsd_deploy.export.engine_checks import require_precision
+from aicsd_deploy.export.onnx_export import export_onnx
+from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, build_engine
+from aicsd_deploy.files import sha256
+from aicsd_deploy.metadata import ONNX_KEY
+from aicsd_deploy.runtime import driver, tensorrt_module
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+SCENES = open_dataset("synthetic", "val")
+STUDENTS = ["lraspp_mobilenetv2", "lraspp_resnet18", "deeplabv3plus_mobilenetv2", "deeplabv3plus_resnet18"]
+SYMMETRIC: dict[str, Any] = {
+    "quant_format": QuantFormat.QDQ,
+    "activation_type": QuantType.QInt8,
+    "weight_type": QuantType.QInt8,
+    "per_channel": True,
+    "op_types_to_quantize": ["Conv"],
+    "extra_options": {
+        "ActivationSymmetric": True,
+        "WeightSymmetric": True,
+        "QuantizeBias": False,
+        "DedicatedQDQPair": True,
+    },
+}
+
+
+def export(folder: Path, model: str, dynamic: tuple[str, ...] = ()) -> Path:
+    """Write a random network's checkpoint and, without the gate of export/to_onnx.py, its ONNX file."""
+    checkpoint = random_checkpoint(folder / "best.pt", model, classes=SCENES.classes)
+    provenance = {"checkpoint_sha256": sha256(folder / "best.pt")}
+    metadata = checkpoint.metadata.replace(dynamic=dynamic, provenance=provenance)
+    export_onnx(checkpoint, metadata, folder / "net.onnx")
+    return folder / "net.onnx"
+
+
+def quantise(path: Path, out: Path, **settings: Any) -> Path:
+    class Frames(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.frames = iter([np.ascontiguousarray(SCENES.load(i)[0][:64, :96])[None] for i in range(4)])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            frame = next(self.frames, None)
+            return None if frame is None else {"frames": frame}
+
+    quantize_static(str(path), str(out), Frames(), **settings)
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every student, exported."""
+    return {name: export(tmp_path_factory.mktemp(name), name) for name in STUDENTS}
+
+
+@pytest.fixture
+def small(exported: dict[str, Path]) -> Path:
+    return exported["deeplabv3plus_mobilenetv2"]
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("dynamic"), "lraspp_mobilenetv2", ("batch", "size"))
+
+
+def build(*arguments: object, cwd: Path) -> Any:
+    return call_script("export/to_trt.py", *arguments, "--flavor", "rtx", "--frames", 4, cwd=cwd)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_student_in_every_precision(exported: dict[str, Path], name: str, precision: str, tmp_path: Path) -> None:
+    student = exported[name]
+    source = quantise(student, student.with_name("int8.onnx"), **SYMMETRIC) if precision == "int8" else student
+    # A random network has no margin between its classes, so rounding moves many pixels; the proof of precision is what counts.
+    loose = ["--min-agreement", 0, "--max-miou-drop", 100] if precision != "fp32" else []
+    result = build(source, f"--{precision}", "--target", "sm86,sm89", "-o", tmp_path / "s.plan", *loose, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    card = json.loads((tmp_path / "s.plan.json").read_text())
+    assert card["precision_found"]["weights"].keys() == {precision}
+    assert card["precision_found"]["weighted_layers"].keys() == {precision}
+    assert card["targets"] == ["sm86", "sm89"]
+    assert card["plan_sha256"] == sha256(tmp_path / "s.plan")
+    assert card["onnx_sha256"] == sha256(source)
+    assert card["gate"]["reference"].endswith("best.pt")
+    assert card["gate"]["agreement"] > 0.9 or precision in ("int8", "bf16")
+    half = {"fp32": 4, "fp16": 2, "bf16": 2}.get(precision)
+    if half:  # weights are most of a plan, so its size shows their type too
+        weights = sum(card["precision_found"]["weights"].values())
+        assert (tmp_path / "s.plan").stat().st_size < half * weights + 2_500_000
+
+
+def test_twice_the_same_engine(small: Path) -> None:
+    options = BuildOptions(targets=("sm86", "sm120"))
+    assert build_engine(onnx.load(small), "rtx", options).plan == build_engine(onnx.load(small), "rtx", options).plan
+
+
+def test_a_dynamic_engine_is_compared_at_three_sizes(dynamic: Path, tmp_path: Path) -> None:
+    result = build(dynamic, "--fp32", "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    card = json.loads((tmp_path / "s.plan.json").read_text())
+    assert card["profiles"] == [[[1, 32, 64], [1, 64, 96], [8, 96, 128]]]
+    assert set(card["gate"]["agreement_by_size"]) == {"32x64", "64x96", "96x128"}
+
+
+def test_an_engine_that_disagrees_with_its_checkpoint_is_not_kept(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(small)
+    weights = next(i for i in model.graph.initializer if len(i.dims) == 4 and i.dims[0] == len(SCENES.classes))
+    weights.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weights), weights.name))
+    onnx.save(model, tmp_path / "net.onnx")
+    result = build(
+        tmp_path / "net.onnx", "--reference", small.with_name("best.pt"), "-o", tmp_path / "s.plan", cwd=tmp_path
+    )
+    assert result.returncode == 3, result.stderr
+    assert "Classes that lose most IoU" in result.stderr
+    assert "Layers that add most error" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_pspnet_of_any_size_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    path = export(tmp_path, "smp:PSPNet:resnet18", ("size",))
+    result = build(path, "--fp32", "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+def scaled_beyond_fp16(path: Path, out: Path, factor: float = 2e5) -> Path:
+    """Scale one convolution far up and the one after it back down, which changes nothing in float32."""
+    model = onnx.load(path)
+    weights = {i.name: i for i in model.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def scale(name: str, by: float) -> None:
+        values = (numpy_helper.to_array(weights[name]) * by).astype(np.float32)
+        weights[name].CopyFrom(numpy_helper.from_array(values, name))
+
+    for node in model.graph.node:
+        after = readers.get(node.output[0], [])
+        if len(after) == 1 and after[0].op_type == "Relu":
+            after = readers[after[0].output[0]]
+        if node.op_type == "Conv" and len(after) == 1 and after[0].op_type == "Conv":
+            for name in node.input[1:]:
+                scale(name, factor)
+            scale(after[0].input[1], 1 / factor)
+            onnx.save(model, out)
+            return out
+    raise AssertionError("no convolution follows another directly")
+
+
+def test_a_convolution_beyond_the_range_of_fp16_stays_in_float32(small: Path, tmp_path: Path) -> None:
+    path = scaled_beyond_fp16(small, tmp_path / "net.onnx")
+    reference = ["--reference", small.with_name("best.pt")]
+    result = build(path, "--fp16", *reference, "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "stay in float32" in result.stderr
+    card = json.loads((tmp_path / "s.plan.json").read_text())
+    assert 1 <= len(card["float32_nodes"]) <= 4
+    assert card["precision_found"]["weighted_layers"]["fp32"] == 2
+    assert card["gate"]["agreement"] >= 0.995
+
+
+def test_without_the_measured_list_the_same_graph_would_be_refused(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = scaled_beyond_fp16(small, tmp_path / "net.onnx")
+    monkeypatch.setattr("aicsd_deploy.export.engine.nodes_to_keep", lambda *_: {})
+    reference = ["--reference", small.with_name("best.pt")]
+    result = build(path, "--fp16", *reference, "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+def test_asymmetric_int8_is_refused_with_the_reason(small: Path, tmp_path: Path) -> None:
+    path = quantise(small, tmp_path / "int8.onnx")
+    result = build(path, "--int8", "--reference", small.with_name("best.pt"), "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "asymmetrically" in result.stderr
+    assert "to_int8.py --target tensorrt" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    {
+        "int8 of a float file": (["--int8"], "not quantised"),
+        "a card RTX has not": (["--target", "sm90"], "sm86"),
+        "version": (["--version-compatible"], "not for TensorRT-RTX"),
+        "hardware": (["--hardware-compatible"], "not for TensorRT-RTX"),
+        "dla": (["--dla", 0], "Jetson"),
+        "timing cache": (["--timing-cache", "cache"], "not for TensorRT-RTX"),
+        "profile in disorder": (["--profile", "2x64x96", "1x64x96", "4x64x96"], "in this order"),
+        "profile of text": (["--profile", "a", "b", "c"], "NxHxW"),
+        "share": (["--min-agreement", "2"], "0 to 1"),
+    }.values(),
+)
+def test_what_does_not_fit_is_said(arguments: list[object], expected: str, dynamic: Path, tmp_path: Path) -> None:
+    result = build(dynamic, *arguments, "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert expected in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_beyond_a_static_file_is_refused(small: Path, tmp_path: Path) -> None:
+    result = build(small, "--profile", "1x64x96", "1x64x96", "4x64x96", "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--dynamic batch size" in result.stderr
+
+
+def test_asked_for_fp16_and_got_fp32_is_an_error() -> None:
+    found = PrecisionFound({"fp32": 9, "fp16": 1}, {"fp32": 900, "fp16": 100}, {}, ())
+    with pytest.raises(VerificationError, match=r"10 % of its weights"):
+        require_precision(found, "fp16", "s.plan")
+    require_precision(found, "fp32", "s.plan")
+
+
+class FakeDriver:
+    """libcuda with one card; `start` is what cuInit gives."""
+
+    def __init__(self, start: int = 0, cuda: int = 13000) -> None:
+        self.cuInit = lambda _: start
+        self.cuDeviceGetCount = lambda out: self._set(out, 1)
+        self.cuDriverGetVersion = lambda out: self._set(out, cuda)
+        self.cuDeviceGet = lambda out, _: self._set(out, 0)
+        self.cuDeviceGetAttribute = lambda out, attribute, _: self._set(out, {75: 8, 76: 9}[attribute])
+
+    def cuDeviceGetName(self, out: Any, *_: object) -> int:
+        out.value = b"Fake RTX"
+        return 0
+
+    @staticmethod
+    def _set(out: Any, value: int) -> int:
+        out._obj.value = value
+        return 0
+
+
+def with_driver(monkeypatch: pytest.MonkeyPatch, fake: FakeDriver | None) -> None:
+    def load(name: str) -> Any:
+        if fake is None:
+            raise OSError("libcuda.so.1: cannot open shared object file")
+        return fake
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", load)
+
+
+def with_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str | None, cuda: int = 13) -> None:
+    def load(name: str) -> Any:
+        if name == "tensorrt" and version is None:
+            raise ImportError("libnvinfer.so.11: cannot open shared object file")
+        return SimpleNamespace(__version__=version) if name == "tensorrt" else importlib.import_module(name)
+
+    monkeypatch.setattr(tensorrt_module, "importlib", SimpleNamespace(import_module=load, metadata=importlib.metadata))
+    monkeypatch.setattr(tensorrt_module, "_cuda_major", lambda flavor: cuda if flavor == "tensorrt" else None)
+
+
+@pytest.mark.parametrize(
+    ("fake", "version", "expected"),
+    {
+        "no driver": (None, "11.4.0", "no NVIDIA driver"),
+        "a driver that does not start": (FakeDriver(start=999), "11.4.0", "does not start"),
+        "a driver that is too old": (FakeDriver(cuda=12040), "11.4.0", "Update the driver"),
+        "no library": (FakeDriver(), None, "libnvinfer.so.11"),
+        "an old library": (FakeDriver(), "8.6.1", "too old"),
+    }.values(),
+)
+def test_tensorrt_says_what_is_missing_and_how_to_get_it(
+    fake: FakeDriver | None, version: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_driver(monkeypatch, fake)
+    with_tensorrt(monkeypatch, version)
+    with pytest.raises(MissingDependencyError, match=expected):
+        choose_flavor("tensorrt")
+    flavor, reason = choose_flavor("auto")
+    assert flavor == "rtx"
+    assert expected in reason
+
+
+def test_auto_takes_tensorrt_where_it_can_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_driver(monkeypatch, FakeDriver())
+    with_tensorrt(monkeypatch, "11.4.0")
+    assert choose_flavor("auto")[0] == "tensorrt"
+
+
+def test_the_driver_is_read_without_loading_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_driver(monkeypatch, FakeDriver(cuda=13020))
+    assert driver.require_gpu(why="x") == driver.Gpu("Fake RTX", "sm89", (13, 2))
+    with pytest.raises(MissingDependencyError, match="no GPU 1"):
+        driver.require_gpu(1, why="x")
+    assert ctypes is driver.ctypes
+
+
+def test_a_graph_that_tensorrt_cannot_parse_names_the_node(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(small)
+    node = next(n for n in model.graph.node if n.op_type == "Conv")
+    node.op_type = "Nonsense"
+    with pytest.raises(InputError, match=node.name):
+        build_engine(model, "rtx", BuildOptions())
+    assert any(entry.key == ONNX_KEY for entry in model.metadata_props)
