@@ -31,6 +31,7 @@ from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, Pro
 from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.files import atomic_path, sha256
 from aicsd_deploy.metadata import Metadata, provenance
+from aicsd_deploy.runs import RUNS
 from aicsd_deploy.runtime.base import Backend, UInt8Array, open_backend
 from aicsd_deploy.runtime.driver import Gpu
 from aicsd_deploy.runtime.engine_card import EngineCard, card_path
@@ -160,10 +161,10 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
 
 
 def find_checkpoint(onnx_path: Path, metadata: Metadata) -> Path | None:
-    """Return the checkpoint that a file was exported from, if it lies beside it or in a folder below; known by its hash."""
+    """Return the checkpoint that a file was exported from, if it lies beside it, in a folder below or under runs/; known by its hash."""
     wanted = metadata.provenance.get("checkpoint_sha256")
     folder = onnx_path.parent
-    candidates = [*folder.glob("*.pt"), *folder.glob("*/best.pt")]
+    candidates = [*folder.glob("*.pt"), *folder.glob("*/best.pt"), *RUNS.rglob("best.pt")]
     return next((path for path in candidates if sha256(path) == wanted), None)
 
 
