@@ -21,11 +21,12 @@ LAYERS = (
     ("runtime.base", "runtime.frames", "runtime.ort_backend"),
     ("config", "models", "losses", "metrics", "data.dataset", "data.folder", "data.spec", "data.synthetic"),
     ("data.transforms", "data.loader", "video"),
-    ("checkpoint", "data.check"),
+    ("checkpoint", "data.check", "training.distributed", "training.timing"),
     ("distiller", "export.deploy_module"),
     ("runtime.torch_backend", "export.tensorrt_build"),
     ("evaluate", "export.verify", "export.onnx_export", "tracking"),
-    ("trainer", "bench"),
+    ("training", "bench"),
+    ("trainer",),
     ("recipes",),
 )
 
