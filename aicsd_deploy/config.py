@@ -87,7 +87,7 @@ class TrainConfig(BaseModel):
     compile: bool = Field(False, description="compile the networks with torch.compile: minutes to start, faster steps")
     checkpoint_activations: bool = Field(
         False,
-        description="compute blocks twice instead of keeping their activations: less memory, about a third slower",
+        description="compute blocks twice instead of keeping their activations: less memory, slower",
     )
     sync_bn: bool = Field(False, description="batch normalisation over the batches of all processes (GPUs)")
     ema: float | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -61,8 +62,9 @@ class RunLog:
         return self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # of a full disk, which has been said by then
+            self._file.close()
+            self._board.close()
 
 
 def _with_nulls(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from aicsd_deploy.console import percent, progress, say
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
 from aicsd_deploy.data.transforms import Augmentation
-from aicsd_deploy.errors import InputError, Preempted
+from aicsd_deploy.errors import AicsdError, InputError, Preempted
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models.checkpointing import checkpoint_activations
 from aicsd_deploy.runtime.torch_backend import TorchBackend
@@ -90,6 +91,13 @@ class Trainer:
                     f"{reason} at step {self._at.step} of {self._total}, which {self.out / LAST} holds. "
                     "Started again with --resume auto, it goes on."
                 ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise AicsdError(
+                    f"{self.out} cannot be written to: {error.strerror}. Its {LAST} is whole. Make room, then go on with "
+                    "--resume auto."
+                ) from error
 
     def _check_parts(self) -> None:
         """Raise InputError unless a step's batch can be cut into equal parts."""
@@ -122,6 +130,7 @@ class Trainer:
         config, at, clock = self.config, self._at, self._step.clock
         if self._validation_is_due():  # of a run that was stopped in it
             self._validate()
+            self._save()
         note = ""
         share = (distributed.rank(), distributed.world_size())
         batches = self._batches(at.step, self._total, workers=config.workers, share=share)
@@ -136,7 +145,7 @@ class Trainer:
                 due, saves = self._validation_is_due(), at.step % config.save_every == 0
                 if logs or due or saves or self.device.type == "cpu":  # elsewhere nothing is asked of the GPU
                     broken = self._broken.report(self._step.guard.broken_steps(), self._log)
-                    if logs and not broken:
+                    if logs and at.step - 1 not in broken:
                         self._write_line(values)
                     self._stop_if_asked()
                 elif distributed.world_size() == 1:
@@ -220,6 +229,7 @@ class Trainer:
     def _save(self) -> None:
         if self._log is None:
             return
+        self._broken.report(self._step.guard.broken_steps(), self._log)
         self._at.log_bytes = self._log.written_bytes()
         training = {
             **vars(self._at),

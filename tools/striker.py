@@ -33,7 +33,7 @@ PLACES = {
 
 
 def strike(case: dict[str, Any]) -> None:
-    """Send this process the signal at the n-th call of what the case names."""
+    """Send this process and those it started the signal at the n-th call of what the case names."""
     owner, name = PLACES[case["at"]]
     original, calls = getattr(owner, name), 0
 
@@ -41,16 +41,17 @@ def strike(case: dict[str, Any]) -> None:
         nonlocal calls
         calls += 1
         if calls == case["n"] and not case["after"]:
-            os.kill(os.getpid(), case["signal"])
+            os.killpg(0, case["signal"])
         result = original(*args, **kwargs)
         if calls == case["n"] and case["after"]:
-            os.kill(os.getpid(), case["signal"])
+            os.killpg(0, case["signal"])
         return result
 
     setattr(owner, name, struck)
 
 
 def run(case: dict[str, Any]) -> None:
+    os.setpgrp()  # schedulers send signals to all processes of a job, those that load data among them
     os.chdir(case["cwd"])
     sys.path.insert(0, case["cwd"])
     sys.stderr = sys.stdout = Path("output.txt").open("a")  # noqa: SIM115  for the rest of the process

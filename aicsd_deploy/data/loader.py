@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -119,12 +120,19 @@ def training_batches(
         _Augmented(dataset, augmentation, seed),
         batch_sampler=_StepSampler(len(dataset), batch_size, seed, start_step, total_steps, share),
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_parent,
         prefetch_factor=4 if workers else None,
         collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     return loader  # of what the collate function makes
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Schedulers ask every process of a job to stop; the training process then saves, and for that its workers must live."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(pairs: list[tuple[Tensor, Tensor]]) -> Batch:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aicsd_deploy.config import TrainConfig
 from aicsd_deploy.models import backbone_parameters
@@ -39,8 +39,19 @@ def lr_share(step: int, total: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(warmup, 1)) * float((1 - step / total) ** 0.9)
 
 
-def running_mean(network: nn.Module, decay: float | None) -> AveragedModel | None:
-    """Return a copy of the network whose weights follow it as an exponential moving average; None without a decay."""
-    if decay is None:
-        return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+class RunningMean:
+    """A copy of a network whose weights follow it as an exponential moving average, and its statistics as they are.
+
+    PyTorch's AveragedModel would make a GPU wait at every step for the number of updates.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Move the mean towards what the network is now."""
+        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - self._decay)
+        for mean, now in zip(self.network.buffers(), network.buffers(), strict=True):
+            mean.copy_(now)

@@ -14,7 +14,7 @@ from aicsd_deploy.data.transforms import derived_seed
 from aicsd_deploy.distiller import LossBreakdown
 from aicsd_deploy.training import distributed
 from aicsd_deploy.training.guard import StepGuard
-from aicsd_deploy.training.optimizer import build_optimizer, lr_share, running_mean
+from aicsd_deploy.training.optimizer import RunningMean, build_optimizer, lr_share
 from aicsd_deploy.training.timing import Phase, StepClock
 
 
@@ -50,7 +50,7 @@ class TrainStep:
         loss.phase = self.clock.phase
         self.optimizer = build_optimizer(network, config)
         self.guard = StepGuard(network, device)
-        self.mean = running_mean(network, config.ema)
+        self.mean = None if config.ema is None else RunningMean(network, config.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
         self._stop_asked = torch.zeros((), device=device)
 
@@ -94,7 +94,7 @@ class TrainStep:
             self.optimizer.step()
             self.scaler.update()
             if self.mean is not None:
-                self.mean.update_parameters(self.network)
+                self.mean.update(self.network)
         if not logs:
             return {}
         return {
@@ -109,7 +109,7 @@ class TrainStep:
     @property
     def validated_network(self) -> nn.Module:
         """What is scored and kept as best.pt: the running mean of the weights where there is one."""
-        return self.network if self.mean is None else self.mean.module
+        return self.network if self.mean is None else self.mean.network
 
     def stop_asked(self) -> bool:
         """Return whether any process was asked to stop up to the last step; on a GPU this waits for it."""
@@ -120,7 +120,7 @@ class TrainStep:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
-            "ema": None if self.mean is None else self.mean.state_dict(),
+            "ema": None if self.mean is None else self.mean.network.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class TrainStep:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.mean is not None:
-            self.mean.load_state_dict(state["ema"])
+            self.mean.network.load_state_dict(state["ema"])
 
     def _over_processes(self, row: Tensor, *, stop: bool) -> Tensor:
         """Return the mean over all processes of loss and terms, and pass the wish to stop on in the same sum."""

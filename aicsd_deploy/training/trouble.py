@@ -32,8 +32,8 @@ class BrokenSteps:
         self._batches = batches
         self._in_a_row, self._latest = 0, -2
 
-    def report(self, found: list[BrokenStep], log: RunLog | None) -> bool:
-        """Deal with the broken steps of the last stretch; return whether there were any.
+    def report(self, found: list[BrokenStep], log: RunLog | None) -> set[int]:
+        """Deal with the broken steps of the last stretch; return which they were.
 
         Raises:
             AicsdError: the run is to stop.
@@ -52,7 +52,7 @@ class BrokenSteps:
             say(f"warning: skipped {broken}")
             if log is not None:
                 log.write(broken.step + 1, skipped=broken.values)
-        return bool(found)
+        return {broken.step for broken in found}
 
     def _keep_batch(self, broken: BrokenStep, path: Path) -> None:
         """Make the batch once more (it depends on the seed and the step alone) and keep it for a look."""
@@ -79,7 +79,9 @@ def memory_explained(loss: Loss, batch: Batch, config: TrainConfig) -> Iterator[
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    )
 
 
 def _advice(loss: Loss, batch: Batch, config: TrainConfig) -> str:

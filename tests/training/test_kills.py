@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import NETWORK, REPO, TINY, call_script, log_lines, write_folder_dataset
+
+from aicsd_deploy.tracking import RunLog
 
 RUN = [*TINY, "--student", "tiny_network:tiny", "--teacher", "teacher/best.pt", "--epochs", 8, "--save-every", 5, "--log-every", 2, "--resume", "auto"]  # fmt: skip
 
@@ -79,6 +82,7 @@ def test_killed_at_any_rename_or_moment_and_resumed_equals_uninterrupted(work: P
 def test_a_run_asked_to_stop_saves_at_once_and_ends_with_75(work: Path) -> None:
     places = [{"at": "step", "n": 8}, {"at": "validate", "n": 6}, {"at": "write", "n": 2}]
     cases = [{**case, "argv": argv(f"asked{i}"), "signal": signal.SIGTERM} for i, case in enumerate(places)]
+    cases[0]["argv"] += ["--workers", "1"]
     assert strike(work, cases) == [75] * len(cases)
     assert "stopped by SIGTERM at step 8 of 24" in (work / "output.txt").read_text()
     steps = [torch.load(work / f"asked{i}/last.pt", weights_only=True)["training"]["step"] for i in range(len(cases))]
@@ -126,3 +130,21 @@ def test_a_full_disk_leaves_the_state_before_and_says_so(work: Path) -> None:
     assert torch.load(work / "full/last.pt", weights_only=True)["training"]["step"] == 10
     resume(work, "full")
     assert_same(work, "full")
+
+
+def test_a_disk_that_is_full_when_a_line_is_logged(work: Path) -> None:
+    good = RunLog.write
+
+    def fills_up(log: RunLog, step: int, **values: Any) -> None:
+        if step == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        good(log, step, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "write", fills_up)
+        result = call_script("train/distill.py", *RUN, "--out", "log", cwd=work)
+    assert result.returncode == 2
+    assert "No space left on device" in result.stderr
+    assert "last.pt is whole" in result.stderr
+    resume(work, "log")
+    assert_same(work, "log")

@@ -87,11 +87,13 @@ def test_auto_precision_is_float32_on_the_cpu_and_a_lowered_teacher_keeps_its_no
 def test_the_running_mean_follows_the_weights(batch: Batch) -> None:
     network = Network(0)
     taker = step_of(network, ema=0.75)
-    weights = []
+    weights = [network.layers[0].weight.detach().clone()]
     for step in range(3):
         taker(batch, step=step, total=5, logs=False)
         weights.append(network.layers[0].weight.detach().clone())
-    expected = 0.75 * (0.75 * weights[0] + 0.25 * weights[1]) + 0.25 * weights[2]
+    expected = weights[0]
+    for value in weights[1:]:
+        expected = 0.75 * expected + 0.25 * value
     torch.testing.assert_close(taker.validated_network.layers[0].weight.data, expected)
 
 
