@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aicsd_deploy.errors import InputError, first_line
+from aicsd_deploy.errors import AicsdError, InputError, first_line
 from aicsd_deploy.files import atomic_path, existing_file
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
@@ -47,20 +49,33 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically."""
+    """Write a checkpoint atomically; PyTorch's container holds a checksum (CRC-32) of every tensor.
+
+    Raises:
+        AicsdError: the disk is full or fails; what stood at `path` is as it was.
+    """
     content = {"metadata": checkpoint.metadata.to_dict(), "model": checkpoint.model, "training": checkpoint.training}
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # RuntimeError is what PyTorch makes of a full disk
+        free_mib = shutil.disk_usage(path.parent).free / 2**20
+        kept = f"The {path.name} that was there before is whole" if path.exists() else "Nothing was left behind"
+        raise AicsdError(
+            f"{path} cannot be written ({first_line(error)}): {free_mib:.0f} MiB are free on its disk. {kept}. "
+            "Make room, then go on with --resume auto."
+        ) from error
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a checkpoint without executing anything in it.
+    """Read a checkpoint without executing anything in it, and check its checksums.
 
     Raises:
         InputError: the file is missing, damaged, or no checkpoint of this toolkit.
     """
     path = existing_file(path, "The checkpoint")
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
@@ -73,3 +88,13 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         )
     metadata = Metadata.from_dict(content["metadata"], origin=path)
     return Checkpoint(metadata, content["model"], content.get("training", {}))
+
+
+def _check_sums(path: Path) -> None:
+    """Raise if a tensor is not what was written: `torch.load` itself would take a flipped bit without a word."""
+    if not zipfile.is_zipfile(path):
+        return  # cut off, or nothing of ours: torch.load says so
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from aicsd_deploy import __version__
-from aicsd_deploy.console import say
-from aicsd_deploy.errors import AicsdError
+from aicsd_deploy.console import is_silent, say
+from aicsd_deploy.errors import AicsdError, Preempted
 from aicsd_deploy.files import write_json
 
 SCRIPTS = {
@@ -117,7 +117,7 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
 
 def write_result(result: dict[str, Any], path: Path | None) -> None:
     """Write a command's result where `--json` asked for it."""
-    if path is None:
+    if path is None or is_silent():
         return
     if str(path) == "-":
         print(json.dumps(result, indent=2, allow_nan=False))
@@ -126,9 +126,12 @@ def write_result(result: dict[str, Any], path: Path | None) -> None:
 
 
 def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
-    """Run a command and end the process: 0 done, 2 bad input, 3 verification failed, 1 a fault of ours, 130 interrupted."""
+    """Run a command and end the process: 0 done, 2 bad input, 3 verification failed, 75 saved and to be started
+    again, 130 interrupted, 1 a fault of ours."""
     try:
         command(None)
+    except Preempted as stop:
+        _fail(str(stop), stop.exit_code)
     except AicsdError as error:
         _fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
@@ -164,7 +167,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     if "--debug" in sys.argv:
         raise  # inside the except block of `run`
-    say(message)
+    print(message, file=sys.stderr, flush=True)  # of every process: the one that fails may not be the one that speaks
     sys.exit(code)
 
 

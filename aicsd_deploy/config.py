@@ -29,6 +29,7 @@ def _read_size(value: Any) -> Any:
 
 SizeHW = Annotated[tuple[int, int] | None, BeforeValidator(lambda value: None if value is None else _read_size(value))]
 Method = Literal["none", "kd", "icsd", "aicsd"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 C = TypeVar("C", bound="TrainConfig")
 
 
@@ -49,7 +50,9 @@ class TrainConfig(BaseModel):
         None, description="size the network works on, HEIGHTxWIDTH (default: the teacher's, or the size of the images)"
     )
     epochs: int = Field(6, ge=1, description="passes over the training images")
-    batch_size: int = Field(8, ge=2, description="images per step; batch normalisation needs at least 2")
+    batch_size: int = Field(
+        8, ge=2, description="images per step, over all processes; batch normalisation needs 2 at a time"
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has momentum 0.9, as in the paper")
     lr: float = Field(1e-3, gt=0, description="peak learning rate; falls to 0 as (1 - progress) to the power 0.9")
     backbone_lr_factor: float | None = Field(
@@ -68,8 +71,32 @@ class TrainConfig(BaseModel):
     val_every: int = Field(5, ge=1, description="epochs between two validations (the last epoch always has one)")
     save_every: int = Field(100, ge=1, description="steps between two saves of last.pt (every validation saves too)")
     log_every: int = Field(20, ge=1, description="steps between two lines of the log")
+    keep: int = Field(2, ge=1, description="newest states kept, in case last.pt is damaged; best.pt besides")
     seed: int = Field(0, ge=0, description="seed of the weights, the order and the augmentation")
     workers: int = Field(0, ge=0, description="processes that prepare images; 0 does it in the training process")
+    cache: float = Field(
+        2.0, ge=0, description="GiB of memory for decoded images, so that each is read once; 0 for none"
+    )
+    precision: Precision = Field(
+        "auto",
+        description="what the networks compute in, losses and weights always float32; auto: bf16 or fp16 on GPUs, fp32 on the CPU",
+    )
+    accumulate: int = Field(
+        1, ge=1, description="parts that a step's batch is computed in, where it does not fit at once"
+    )
+    compile: bool = Field(False, description="compile the networks with torch.compile: minutes to start, faster steps")
+    checkpoint_activations: bool = Field(
+        False,
+        description="compute blocks twice instead of keeping their activations: less memory, slower",
+    )
+    sync_bn: bool = Field(False, description="batch normalisation over the batches of all processes (GPUs)")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="score and keep an exponential moving average of the weights, for example 0.999"
+    )
+    on_broken_step: Literal["stop", "skip"] = Field(
+        "stop", description="what to do when the loss is no number or explodes; the weights are safe either way"
+    )
+    profile: bool = Field(False, description="record a few steps into profile.json, for chrome://tracing or Perfetto")
     threads: int | None = Field(
         None,
         ge=1,

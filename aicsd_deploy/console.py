@@ -15,9 +15,24 @@ class Advance(Protocol):
     def __call__(self, note: str = "") -> None: ...
 
 
+_silent = False
+
+
+def silence() -> None:
+    """Say nothing from now on and write no results: another process of the same training does."""
+    global _silent
+    _silent = True
+
+
+def is_silent() -> bool:
+    """Return whether `silence` was called."""
+    return _silent
+
+
 def say(text: str = "") -> None:
     """Print one line for the person at the terminal: to standard error, so that `--json -` keeps standard output clean."""
-    print(text, file=sys.stderr, flush=True)
+    if not _silent:
+        print(text, file=sys.stderr, flush=True)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -47,7 +62,7 @@ def progress(description: str, total: int | None) -> Iterator[Advance]:
         description: what is being done.
         total: how many units there are; None where nobody knows.
     """
-    bar = _rich_bar() if sys.stderr.isatty() else None
+    bar = _rich_bar() if sys.stderr.isatty() and not _silent else None
     if bar is None:
         yield _line_printer(description, total)
         return

@@ -27,3 +27,12 @@ class VerificationError(AicsdError):
     """What was made does not behave like what it was made from, so it is not kept."""
 
     exit_code = 3
+
+
+class Preempted(AicsdError):
+    """The run was asked to stop and has saved its state; started again with --resume auto it goes on.
+
+    75 is EX_TEMPFAIL of sysexits.h: "try again later", which a scheduler can be told to requeue.
+    """
+
+    exit_code = 75

@@ -13,16 +13,22 @@ from aicsd_deploy.runtime.base import Backend
 from aicsd_deploy.runtime.frames import segment
 
 
-def evaluate(backend: Backend, dataset: SegmentationDataset, *, title: str = "scoring") -> ConfusionMatrix:
+def evaluate(
+    backend: Backend, dataset: SegmentationDataset, *, title: str = "scoring", share: tuple[int, int] = (0, 1)
+) -> ConfusionMatrix:
     """Segment every image as the backend would in use (`segment`) and count the pixels.
+
+    Args:
+        share: (k, n) takes images k, k + n, k + 2n, … only, so that n processes share the work.
 
     Raises:
         InputError: the artefact and the data set have other classes, so that a score would mean nothing.
     """
     check_same_classes(backend.metadata.classes, dataset.classes, spec=dataset.spec)
     matrix = ConfusionMatrix(len(dataset.classes))
-    with progress(title, len(dataset)) as advance:
-        for index in range(len(dataset)):
+    indices = range(share[0], len(dataset), share[1])
+    with progress(title, len(indices)) as advance:
+        for index in indices:
             image_rgb, labels = dataset.load(index)
             matrix.add(segment(backend, np.ascontiguousarray(image_rgb[..., ::-1])), labels)
             advance()

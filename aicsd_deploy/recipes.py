@@ -27,7 +27,12 @@ from aicsd_deploy.models import build_model
 from aicsd_deploy.runs import newest_checkpoint
 from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device
 from aicsd_deploy.tracking import draw_overlays, plot_confusion, plot_curves
-from aicsd_deploy.trainer import BEST, LAST, Trainer
+from aicsd_deploy.trainer import Trainer
+from aicsd_deploy.training import distributed
+from aicsd_deploy.training.last import BEST, LastCheckpoints, holds_a_run
+from aicsd_deploy.training.precision import autocast_dtype, lowered
+from aicsd_deploy.training.stopping import StopRequest
+from aicsd_deploy.training.validation import evaluate_together
 
 OF_THE_STUDENT = {"model", "backbone_weights", "backbone_lr_factor"}
 """Settings that a teacher which is trained on the way does not take over: its network is another one."""
@@ -47,12 +52,10 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
         if config.teacher is not None:
             raise InputError("--method none learns from labels alone and takes no --teacher. Leave one of them out.")
         return _train(config, out, role="student", method="none", teacher=None, resume=resume)
-    own = out / "teacher"  # of an earlier call that was killed: go on with it
-    path = config.teacher
-    if path is None and (out / LAST).is_file():
-        path = Path(load_checkpoint(out / LAST).metadata.provenance.get("teacher", own / BEST))
-    elif path is None and not own.is_dir():
-        path = newest_checkpoint(role="teacher", data=config.data)
+    distributed.start(choose_device(config.device))
+    out = distributed.from_main(out)
+    own = out / "teacher"
+    path = distributed.from_main(config.teacher or _teacher_of(out, own, config.data))
     if path is None:
         path = own / BEST
         say(f"There is no teacher for {config.data} yet; training one first into {own}.")
@@ -66,17 +69,31 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     return _train(config, out, role="student", method=config.method, teacher=(path, teacher), resume=resume)
 
 
+def _teacher_of(out: Path, own: Path, data: str) -> Path | None:
+    """Return the teacher that a run began with; of a new run, the newest for its data; None where one is to be trained."""
+    state = LastCheckpoints(out, keep=1).load() if distributed.is_main() else None
+    if state is not None:
+        return Path(state.metadata.provenance.get("teacher", own / BEST))
+    if own.is_dir():  # of an earlier call that was killed: go on with it
+        return None
+    return newest_checkpoint(role="teacher", data=data)
+
+
 @lru_cache(maxsize=1)  # the trainings of one process (teacher, student) share what is loaded
-def open_checked(spec: str) -> tuple[SegmentationDataset, SegmentationDataset]:
+def open_checked(spec: str, cache_gib: float) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Open training and validation data, look at every file, and keep in memory what fits.
 
     Raises:
         InputError: files that cannot be used, or splits with other classes.
     """
-    train_data, val_data = CachedDataset(open_dataset(spec, "train")), CachedDataset(open_dataset(spec, "val"))
-    for dataset in (train_data, val_data):
-        check_dataset(dataset)
-    return train_data, val_data
+    room_bytes, opened = int(cache_gib * 2**30), []
+    for split in ("train", "val"):
+        dataset = CachedDataset(open_dataset(spec, split), limit_bytes=room_bytes)
+        check_dataset(dataset)  # fills the cache; workers are forked later and share it
+        room_bytes -= dataset.kept_bytes
+        say(f"{spec} ({split}): {dataset.kept_images} of {len(dataset)} images kept in memory")
+        opened.append(dataset)
+    return opened[0], opened[1]
 
 
 def _train(
@@ -90,15 +107,17 @@ def _train(
 ) -> dict[str, Any]:
     """Train one network into `out`: best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, confusion.png, overlays.png
     and, when all is done, summary.json."""
-    if not resume and ((out / LAST).exists() or (out / BEST).exists()):
-        raise InputError(f"{out} already holds a run. Give --resume auto to go on with it, or another --out.")
     started = time.monotonic()
-    device = choose_device(config.device)
+    device = distributed.start(choose_device(config.device))
+    out = distributed.from_main(out)
+    if not resume and holds_a_run(out):
+        raise InputError(f"{out} already holds a run. Give --resume auto to go on with it, or another --out.")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    say(f"device: {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+    processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    say(f"device: {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "") + processes)
     torch.manual_seed(derived_seed("weights", config.seed))
-    train_data, val_data = open_checked(config.data)
+    train_data, val_data = open_checked(config.data, config.cache)
     network = build_model(config.model, num_classes=len(train_data.classes), backbone_weights=config.backbone_weights)
     metadata = Metadata(
         model=config.model,
@@ -114,24 +133,32 @@ def _train(
         metadata = metadata.replace(provenance=metadata.provenance | origin)
     network.to(device)
     _try(network, metadata, device)
-    teacher_network, teacher_miou = None, None
-    if teacher is not None:
-        teacher_network, teacher_miou = _ready_teacher(teacher[1], val_data, metadata, device)
-    distiller = Distiller(
-        student=nn.Sequential(Normalize(metadata), network).to(device),
-        teacher=teacher_network,
-        method=method,
-        **_weights(config),
-    )
+    autocast = autocast_dtype(config.precision, device)
     identity = {
         "training images": len(train_data),
         "size of the images": list(metadata.image_size_hw),
         "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
     }
-    Trainer(network, distiller, config, metadata, train_data, val_data, out, device, identity).fit()
-    return _sum_up(
-        config, out, val_data, device, started=started, teacher=None if teacher is None else (teacher[0], teacher_miou)
-    )
+    teacher_network, teacher_miou = None, None
+    with StopRequest() as stop:
+        if teacher is not None:
+            teacher_network, teacher_miou = _ready_teacher(teacher[1], val_data, metadata, device)
+            lowered(teacher_network, autocast)
+            if config.compile:
+                teacher_network.compile()
+        distiller = Distiller(
+            student=nn.Sequential(Normalize(metadata), network).to(device),
+            teacher=teacher_network,
+            method=method,
+            autocast=autocast,
+            **_weights(config),
+        )
+        Trainer(network, distiller, config, metadata, train_data, val_data, out, device, identity, stop).fit()
+        summary = None
+        if distributed.is_main():
+            scored = None if teacher is None else (teacher[0], teacher_miou)
+            summary = _sum_up(config, out, val_data, device, started=started, teacher=scored)
+    return distributed.from_main(summary) or {}
 
 
 def _try(network: nn.Module, metadata: Metadata, device: torch.device) -> None:
@@ -155,8 +182,8 @@ def _ready_teacher(
     """Return the teacher, frozen and with its own normalisation, and its mIoU at the student's image size."""
     network = teacher.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
-    scores = evaluate(TorchBackend(network, metadata, device=device), val_data, title="scoring the teacher")
-    miou = scores.scores(metadata.class_names).miou
+    backend = TorchBackend(network, metadata, device=device)
+    miou = evaluate_together(backend, val_data, title="scoring the teacher").scores(metadata.class_names).miou
     say(f"teacher's val mIoU: {percent(miou)} %")
     return nn.Sequential(Normalize(teacher.metadata), network).to(device).eval(), miou
 

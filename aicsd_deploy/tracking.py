@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset
-from aicsd_deploy.files import atomic_path, write_text
+from aicsd_deploy.files import atomic_path
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import Backend
 from aicsd_deploy.runtime.frames import segment
@@ -23,19 +27,27 @@ METRICS = "metrics.jsonl"
 class RunLog:
     """Writes every figure of a run twice: a line of metrics.jsonl for programs, TensorBoard events for people."""
 
-    def __init__(self, folder: Path, *, from_step: int) -> None:
-        """Go on with the log of a run from `from_step`; lines of later steps, left by a run that was killed, are dropped."""
+    def __init__(self, folder: Path, *, keep_bytes: int, step: int) -> None:
+        """Go on with the log of a run as it was when its state was saved.
+
+        Args:
+            folder: the run folder.
+            keep_bytes: what `written_bytes` was then; what a run that was killed wrote after it is dropped.
+            step: the step that was saved.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS
-        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= from_step))
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+        self._file = (folder / METRICS).open("ab")
+        if self.written_bytes() < keep_bytes:
+            say(f"warning: {folder / METRICS} has lost lines since its run was saved; it goes on from what is there.")
+        else:
+            self._file.truncate(keep_bytes)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:
-        """Write one line: `step` and `values`, numbers or dictionaries of numbers."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Write one line: `step` and `values`, numbers or dictionaries of numbers; what is no number becomes null."""
+        self._file.write(json.dumps(_with_nulls({"step": step, **values}), allow_nan=False).encode() + b"\n")
         self._file.flush()
         for name, value in values.items():
             items = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -43,9 +55,23 @@ class RunLog:
                 if isinstance(number, int | float):
                     self._board.add_scalar(key, number, step)
 
+    def written_bytes(self) -> int:
+        """Return the length of metrics.jsonl, all of which is on the disk then."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # of a full disk, which has been said by then
+            self._file.close()
+            self._board.close()
+
+
+def _with_nulls(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _with_nulls(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+import errno
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from aicsd_deploy.checkpoint import Checkpoint, save_checkpoint
 from aicsd_deploy.config import TrainConfig
 from aicsd_deploy.console import percent, progress, say
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
-from aicsd_deploy.data.transforms import Augmentation, derived_seed
-from aicsd_deploy.distiller import LossBreakdown
-from aicsd_deploy.errors import AicsdError, InputError
-from aicsd_deploy.evaluate import evaluate
+from aicsd_deploy.data.transforms import Augmentation
+from aicsd_deploy.errors import AicsdError, InputError, Preempted
 from aicsd_deploy.metadata import Metadata
-from aicsd_deploy.models import backbone_parameters
+from aicsd_deploy.models.checkpointing import checkpoint_activations
 from aicsd_deploy.runtime.torch_backend import TorchBackend
 from aicsd_deploy.tracking import RunLog
+from aicsd_deploy.training import distributed
+from aicsd_deploy.training.last import BEST, LAST, LastCheckpoints
+from aicsd_deploy.training.precision import autocast_dtype
+from aicsd_deploy.training.resume import check_same_run
+from aicsd_deploy.training.step import Loss, TrainStep
+from aicsd_deploy.training.stopping import StopRequest
+from aicsd_deploy.training.timing import WAITING, profiled
+from aicsd_deploy.training.trouble import BrokenSteps, memory_explained
+from aicsd_deploy.training.validation import evaluate_together
 
-LAST, BEST = "last.pt", "best.pt"
-FREE_TO_CHANGE = {"workers", "threads", "device", "log_every", "save_every", "teacher"}
-"""Settings that a resumed run may have different; any other would make it another run."""
 
+@dataclass
+class Position:
+    """How far a run has come: optimiser steps done, the step of the last validation, the best mIoU, bytes of the log."""
 
-class Loss(Protocol):
-    """Works out the loss of a batch; see `Distiller`."""
-
-    def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown: ...
+    step: int = 0
+    validated: int = 0
+    best: float | None = None
+    log_bytes: int = 0
 
 
 @dataclass
 class Trainer:
-    """Trains one network and keeps its best and its last state in a run folder.
+    """Trains one network and keeps its best and its last states in a run folder.
 
     Nothing random is carried from step to step: the order, the augmentation and the dropout of a step depend on the seed and
     the step alone. So a run that is killed and resumed computes what an uninterrupted one does.
@@ -55,160 +61,193 @@ class Trainer:
     device: torch.device
     identity: dict[str, Any]
     """What else makes it this run and no other, by name: a run is resumed only where all of it is the same."""
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def fit(self) -> None:
-        """Train to the end, from last.pt if there is one.
+        """Train to the end, from the newest saved state if there is one.
 
         Raises:
-            InputError: last.pt belongs to a run with other settings.
-            AicsdError: the loss is no longer a number.
+            InputError: the saved state belongs to a run with other settings; or the batch cannot be shared out.
+            AicsdError: the loss is no longer a number, the memory or the disk is full.
+            Preempted: the run was asked to stop, and has saved its state.
         """
-        config, per_epoch = self.config, steps_per_epoch(self.train_data, self.config.batch_size)
-        total = config.epochs * per_epoch
-        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = self._optimizer()
-        step, best = self._resume(optimizer)
-        if step >= total:
-            say(f"{self.out}: already trained to the end ({total} steps).")
+        self._per_epoch = steps_per_epoch(self.train_data, self.config.batch_size)
+        self._total = self.config.epochs * self._per_epoch
+        self._check_parts()
+        self._prepare()
+        if self._at.step >= self._total and self._at.validated == self._at.step:
+            say(f"{self.out}: already trained to the end ({self._total} steps).")
             return
+        with ExitStack() as stack:
+            self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step) if self._main else None
+            if self._log is not None:
+                stack.callback(self._log.close)
+            stack.enter_context(self.stop.held())
+            try:
+                self._loop()
+            except Preempted as reason:
+                self._save()
+                raise Preempted(
+                    f"{reason} at step {self._at.step} of {self._total}, which {self.out / LAST} holds. "
+                    "Started again with --resume auto, it goes on."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise AicsdError(
+                    f"{self.out} cannot be written to: {error.strerror}. Its {LAST} is whole. Make room, then go on with "
+                    "--resume auto."
+                ) from error
+
+    def _check_parts(self) -> None:
+        """Raise InputError unless a step's batch can be cut into equal parts."""
+        size, parts = self.config.batch_size, self.config.accumulate * distributed.world_size()
+        if size % parts or size // parts < 2:
+            raise InputError(
+                f"--batch-size {size}, the images of a step, cannot be cut into {parts} parts ({distributed.world_size()} "
+                f"processes, --accumulate {self.config.accumulate}) of 2 or more. Give a multiple of {parts}, at least {2 * parts}."
+            )
+
+    def _prepare(self) -> None:
+        config, device = self.config, self.device
+        self._main = distributed.is_main()
+        self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.sync_bn:
+            distributed.sync_batch_norm(self.network, device)
+        autocast = autocast_dtype(config.precision, device)
+        self._step = TrainStep(self.network, self.loss, config, device, autocast=autocast)
+        self._last = LastCheckpoints(self.out, keep=config.keep)
+        self._resume()
+        if config.checkpoint_activations:
+            checkpoint_activations(self.network)
+        self.loss.student = distributed.parallel(self.loss.student, device)
+        if config.compile:
+            self.loss.student.compile()
+        torch.backends.cudnn.benchmark = True  # all batches have one size
+        self._broken = BrokenSteps(config, self.out, self._batches)
+
+    def _loop(self) -> None:
+        config, at, clock = self.config, self._at, self._step.clock
+        if self._validation_is_due():  # of a run that was stopped in it
+            self._validate()
+            self._save()
+        note = ""
+        share = (distributed.rank(), distributed.world_size())
+        batches = self._batches(at.step, self._total, workers=config.workers, share=share)
+        trace = self.out / "profile.json" if config.profile and self._main else None
         self.network.train()
-        log = RunLog(self.out, from_step=step)
-        batches = training_batches(
+        clock.restart()
+        with progress(f"training {self.metadata.model}", self._total - at.step) as advance, profiled(trace) as profile:
+            for batch in clock.waiting_for(batches):
+                logs = at.step % config.log_every == 0 or at.step == self._total - 1
+                values = self._take(batch.to(self.device), logs=logs)
+                at.step += 1
+                due, saves = self._validation_is_due(), at.step % config.save_every == 0
+                if logs or due or saves or self.device.type == "cpu":  # elsewhere nothing is asked of the GPU
+                    broken = self._broken.report(self._step.guard.broken_steps(), self._log)
+                    if logs and at.step - 1 not in broken:
+                        self._write_line(values)
+                    self._stop_if_asked()
+                elif distributed.world_size() == 1:
+                    self.stop.raise_if_received()
+                if due:
+                    self._validate()
+                    note = f"epoch {at.step // self._per_epoch}/{config.epochs}, best val mIoU {percent(at.best)}"
+                    self._save()
+                    clock.restart()
+                elif saves:
+                    self._save()
+                profile()
+                advance(note)
+
+    def _batches(self, start: int, end: int, *, workers: int = 0, share: tuple[int, int] = (0, 1)) -> Any:
+        """Return the batches of steps `start` to `end - 1`; a share of each, or the whole."""
+        config = self.config
+        return training_batches(
             self.train_data,
             Augmentation(self.metadata.image_size_hw, config.scale, config.flip, config.color_jitter),
             batch_size=config.batch_size,
             seed=config.seed,
-            start_step=step,
-            total_steps=total,
-            workers=config.workers,
+            start_step=start,
+            total_steps=end,
+            workers=workers,
             pin_memory=self.device.type == "cuda",
+            share=share,
         )
-        try:
-            with progress(f"training {self.metadata.model}", total - step) as advance:
-                note, logged_at, logged_step = "", time.monotonic(), step
-                for batch in batches:
-                    logs = step % config.log_every == 0 or step == total - 1
-                    values = self._step(optimizer, batch.to(self.device), step=step, total=total, logs=logs)
-                    step += 1
-                    if logs:
-                        now = time.monotonic()
-                        speed = (step - logged_step) * config.batch_size / max(now - logged_at, 1e-9)
-                        logged_at, logged_step = now, step
-                        log.write(step, epoch=step / per_epoch, images_per_s=round(speed, 2), **values)
-                    epoch, at_end = divmod(step, per_epoch)
-                    if at_end == 0 and (epoch % config.val_every == 0 or step == total):
-                        best = self._validate(log, step=step, epoch=epoch, best=best)
-                        note = f"epoch {epoch}/{config.epochs}, best val mIoU {percent(best)}"
-                        self._save_last(optimizer, step=step, best=best)
-                        logged_at = time.monotonic()
-                    elif step % config.save_every == 0:
-                        self._save_last(optimizer, step=step, best=best)
-                    advance(note)
-        finally:
-            log.close()
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, batch: Batch, *, step: int, total: int, logs: bool
-    ) -> dict[str, Any]:
-        """Take one optimiser step; return what is to be logged if `logs`."""
-        torch.manual_seed(derived_seed("step", self.config.seed, step))
-        share = _schedule(step, total, self.config.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * share
-        breakdown = self.loss(batch, step=step, total_steps=total)
-        norms = breakdown.gradient_norms() if logs else {}
-        optimizer.zero_grad(set_to_none=True)
-        breakdown.total.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
-        if not math.isfinite(norm.item()):  # before the step, so that no saved state is ever spoilt
-            raise AicsdError(
-                f"The loss or its gradient is no longer a number at step {step} "
-                f"(terms: { {name: term.item() for name, term in breakdown.terms.items()} }). "
-                "Use a smaller --lr or --lambda-icsd; last.pt holds a good state."
+    def _take(self, batch: Batch, *, logs: bool) -> dict[str, Any]:
+        with memory_explained(self.loss, batch, self.config):
+            return self._step(
+                batch, step=self._at.step, total=self._total, logs=logs, stop=self.stop.received is not None
             )
-        optimizer.step()
-        if not logs:
-            return {}
-        terms = {name: term.item() for name, term in breakdown.terms.items()}
-        return {
-            "loss": breakdown.total.item(),
-            "terms": terms,
-            "weight": breakdown.weights,
-            "gradient_norm": norms,
-            "alpha": breakdown.alpha,
-            "lr": self.config.lr * share,
-        }
 
-    def _validate(self, log: RunLog, *, step: int, epoch: int, best: float | None) -> float:
-        backend = TorchBackend(self.network, self.metadata, device=self.device)
-        scores = evaluate(backend, self.val_data, title="validating").scores(self.metadata.class_names)
+    def _write_line(self, values: dict[str, Any]) -> None:
+        at, config = self._at, self.config
+        timing = self._step.clock.read(batch_size=config.batch_size, steps_left=self._total - at.step)
+        if self._log is None:
+            return
+        self._log.write(at.step, epoch=at.step / self._per_epoch, **values, **timing)
+        data_share = timing["speed"]["data_share"]
+        if self.device.type == "cuda" and data_share > WAITING and at.step > config.log_every:
+            say(
+                f"warning: at step {at.step} the GPU waited for data {100 * data_share:.0f} % of the time. "
+                f"More --workers (now {config.workers}) or a larger --cache (now {config.cache:g} GiB) would make it faster."
+            )
+
+    def _stop_if_asked(self) -> None:
+        """Raise Preempted, in all processes at the same step, where any of them was asked to stop."""
+        if distributed.world_size() > 1 and self._step.stop_asked():
+            raise Preempted(f"stopped by {self.stop.received or 'a signal to another process'}")
+        if distributed.world_size() == 1:
+            self.stop.raise_if_received()
+
+    def _validation_is_due(self) -> bool:
+        epoch, rest = divmod(self._at.step, self._per_epoch)
+        due = rest == 0 and epoch > 0 and (epoch % self.config.val_every == 0 or self._at.step == self._total)
+        return due and self._at.validated < self._at.step
+
+    def _validate(self) -> None:
+        at, epoch = self._at, self._at.step // self._per_epoch
+        network = self._step.validated_network
+        backend = TorchBackend(network, self.metadata, device=self.device)
+        with self.stop.released():
+            matrix = evaluate_together(backend, self.val_data, title="validating")
         self.network.train()
-        log.write(step, epoch=epoch, val=scores.to_dict())
-        if best is not None and scores.miou <= best:
-            return best
+        scores = matrix.scores(self.metadata.class_names)
+        at.validated = at.step
+        if self._log is not None:
+            self._log.write(at.step, epoch=epoch, val=scores.to_dict())
+        if at.best is not None and scores.miou <= at.best:
+            return
+        at.best = scores.miou
         metadata = self.metadata.replace(
             scores={"miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy, "epoch": float(epoch)}
         )
-        save_checkpoint(self.out / BEST, Checkpoint(metadata, self.network.state_dict()))
-        return scores.miou
+        if self._main:
+            save_checkpoint(self.out / BEST, Checkpoint(metadata, network.state_dict()))
 
-    def _save_last(self, optimizer: torch.optim.Optimizer, *, step: int, best: float | None) -> None:
+    def _save(self) -> None:
+        if self._log is None:
+            return
+        self._broken.report(self._step.guard.broken_steps(), self._log)
+        self._at.log_bytes = self._log.written_bytes()
         training = {
-            "step": step,
-            "best": best,
-            "optimizer": optimizer.state_dict(),
+            **vars(self._at),
+            **self._step.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "identity": self.identity,
         }
-        save_checkpoint(self.out / LAST, Checkpoint(self.metadata, self.network.state_dict(), training))
+        self._last.save(Checkpoint(self.metadata, self.network.state_dict(), training))
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
-        for leftover in self.out.glob(".*.tmp*"):  # of a write that was killed
-            leftover.unlink()
-        if not (self.out / LAST).is_file():
-            return 0, None
-        checkpoint = load_checkpoint(self.out / LAST)
-        if not {"step", "best", "optimizer", "config", "identity"} <= checkpoint.training.keys():
-            raise InputError(f"{self.out / LAST} holds no training to go on with. Give another --out.")
+    def _resume(self) -> None:
+        checkpoint = distributed.from_main(self._last.load() if self._main else None)
+        self._at = Position()
+        if checkpoint is None:
+            return
+        state = checkpoint.training
         ours = self.config.model_dump(mode="json") | self.identity
-        theirs = checkpoint.training["config"] | checkpoint.training["identity"]
-        changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != theirs.get(k)]
-        if changed:
-            lines = "\n".join(f"  {k}: was {theirs.get(k)!r}, now {ours[k]!r}" for k in changed)
-            raise InputError(
-                f"{self.out / LAST} belongs to a run with other settings:\n{lines}\nGive the same, or another --out."
-            )
+        check_same_run(ours, state["config"] | state["identity"], folder=self.out)
         self.network.load_state_dict(checkpoint.model)
-        optimizer.load_state_dict(checkpoint.training["optimizer"])
-        step = int(checkpoint.training["step"])
-        say(f"{self.out}: going on from step {step}.")
-        return step, checkpoint.training["best"]
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        factor = config.backbone_lr_factor
-        if factor is None:
-            factor = 0.1 if config.backbone_weights is not None else 1.0
-        backbone = {id(p) for p in backbone_parameters(self.network)}
-        groups = []
-        for in_backbone in (True, False):
-            for decays in (True, False):
-                # Biases and batch normalisation are one-dimensional; decaying them only weakens the network.
-                chosen = [
-                    p
-                    for p in self.network.parameters()
-                    if (id(p) in backbone) == in_backbone and (p.ndim > 1) == decays
-                ]
-                lr = config.lr * (factor if in_backbone else 1.0)
-                groups.append(
-                    {"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": config.weight_decay if decays else 0.0}
-                )
-        used: Iterable[dict[str, Any]] = [group for group in groups if group["params"]]
-        if config.optimizer == "sgd":
-            return torch.optim.SGD(used, momentum=0.9)
-        return torch.optim.AdamW(used, fused=True)
-
-
-def _schedule(step: int, total: int, warmup: int) -> float:
-    """Return the share of the peak learning rate: a linear rise, times the papers' (1 - progress) ** 0.9."""
-    return min(1.0, (step + 1) / max(warmup, 1)) * float((1 - step / total) ** 0.9)
+        self._step.load_state_dict(state)
+        self._at = Position(**{name: state[name] for name in vars(self._at)})
+        say(f"{self.out}: going on from step {self._at.step}.")

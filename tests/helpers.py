@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +62,12 @@ def write_folder_dataset(root: Path, *, train: int = 12, val: int = 4, size_hw: 
             Image.fromarray(labels).save(root / split / "labels" / f"{i:03d}.png")
     (root / "classes.txt").write_text("0 red 200 60 40\n1 green 40 160 60\n2 blue 50 70 190\n")
     return root
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("speed", "step_ms")} for line in lines]
 
 
 def call_script(script: str, *arguments: object, cwd: Path, timeout: float = 0) -> subprocess.CompletedProcess[str]:

@@ -22,11 +22,12 @@ LAYERS = (
     ("runtime.base", "runtime.frames", "runtime.ort_backend", "runtime.trt_backend"),
     ("config", "models", "losses", "metrics", "data.dataset", "data.folder", "data.spec", "data.synthetic"),
     ("data.transforms", "data.loader", "video"),
-    ("checkpoint", "data.check"),
+    ("checkpoint", "data.check", "training.distributed", "training.timing"),
     ("distiller", "export.deploy_module"),
     ("runtime.torch_backend", "export.tensorrt_build", "export.precision", "export.ranges", "export.engine_checks"),
     ("evaluate", "export.verify", "export.onnx_export", "export.gate", "export.engine", "tracking"),
-    ("trainer", "bench"),
+    ("training", "bench"),
+    ("trainer",),
     ("recipes",),
 )
 

@@ -3,76 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import NETWORK, REPO, TINY, call_script, run_script, write_folder_dataset
-
-TEACHER = [
-    *TINY,
-    "--model",
-    "tiny_network:tiny",
-    "--epochs",
-    8,
-    "--save-every",
-    1,
-    "--log-every",
-    2,
-    "--resume",
-    "auto",
-]
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    write_folder_dataset(tmp_path / "data")
-    (tmp_path / "tiny_network.py").write_text(NETWORK)
-    return tmp_path
+from helpers import TINY, call_script, log_lines
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = torch.load(folder / "last.pt", weights_only=True)["model"]
     return state
-
-
-def log_lines(folder: Path) -> list[dict[str, object]]:
-    """Lines of metrics.jsonl without what the clock says."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted_to_the_bit(work: Path) -> None:
-    assert run_script("train/teacher.py", *TEACHER, "--out", "whole", cwd=work).returncode == 0
-    command = [sys.executable, str(REPO / "train/teacher.py"), *map(str, TEACHER), "--out", "killed"]
-    kills = 0
-    for wanted in (3, 9):  # kill -9 once so many steps are saved
-        process = subprocess.Popen(
-            command,
-            cwd=work,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        last = work / "killed" / "last.pt"
-        while process.poll() is None:
-            if last.exists() and torch.load(last, weights_only=True)["training"]["step"] >= wanted:
-                process.send_signal(signal.SIGKILL)
-                kills += process.wait() == -signal.SIGKILL
-            time.sleep(0.005)
-    assert kills == 2, "the run ended before it could be killed"
-    assert run_script("train/teacher.py", *TEACHER, "--out", "killed", cwd=work).returncode == 0
-    whole, killed = weights(work / "whole"), weights(work / "killed")
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    assert log_lines(work / "whole") == log_lines(work / "killed")
-    assert not list((work / "killed").glob(".*"))
 
 
 def test_a_run_is_not_resumed_with_another_teacher(trained: Path, tmp_path: Path) -> None:
@@ -100,7 +40,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_spoilt(trained: Path,
         patch.setattr(distiller, "cross_entropy", breaks_at_the_sixth)
         result = call_script("train/teacher.py", *arguments, cwd=trained)
     assert result.returncode == 2
-    assert "no longer a number at step 5" in result.stderr
+    assert "step 5: no longer a number: loss, gradient, ce" in result.stderr
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "r").values())
 
 

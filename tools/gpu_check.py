@@ -7,9 +7,14 @@ Each part stands alone: one that fails is recorded with its error, and the other
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from aicsd_deploy.bench.environment import environment
 from aicsd_deploy.bench.latency import Latency, measure_latency
 from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from aicsd_deploy.cli import Parser, run, size_hw
-from aicsd_deploy.config import TrainConfig
+from aicsd_deploy.config import DistillConfig, TrainConfig
 from aicsd_deploy.console import say
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.export.onnx_export import export_onnx
@@ -27,8 +32,11 @@ from aicsd_deploy.export.verify import compare, frames_for_comparison
 from aicsd_deploy.files import write_json
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
-from aicsd_deploy.recipes import train_teacher
+from aicsd_deploy.recipes import distill, train_teacher
 from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.tracking import METRICS
+
+REPO = Path(__file__).parents[1]
 
 
 def make_artifacts(folder: Path, model: str, size: tuple[int, int]) -> tuple[Path, Path]:
@@ -72,6 +80,52 @@ def train_a_little(folder: Path) -> dict[str, Any]:
     return {key: summary[key] for key in ("miou", "seconds", "images")}
 
 
+def step_throughput(folder: Path, *flags: str) -> dict[str, Any]:
+    """Return what benchmarks/throughput.py measures at full size, in a process of its own."""
+    out, program = folder / "throughput.json", REPO / "benchmarks/throughput.py"
+    size = ["--image-size", "513x513", "--batch-size", "8", "--rounds", "20", "--device", "cuda"]
+    command = [sys.executable, str(program), *size, *flags, "--json", str(out)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(REPO)})
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def busy_share(folder: Path) -> dict[str, Any]:
+    """Distil for some 200 steps with cached data; return how busy nvidia-smi saw the GPU between the first and the last line."""
+    size = (256, 512)
+    teacher = TrainConfig(
+        data="synthetic:256x512", model="deeplabv3plus_resnet101", epochs=1, batch_size=16, image_size=size, workers=12
+    )
+    train_teacher(teacher, folder / "busy-teacher")
+    shared = teacher.model_dump() | {"model": "deeplabv3plus_resnet18", "epochs": 5, "val_every": 99}
+    config = DistillConfig(**shared, teacher=folder / "busy-teacher/best.pt")
+    log = folder / "busy" / METRICS
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
+    seen: list[tuple[int, int]] = []  # lines in the log, percent
+
+    def watch(lines: Iterable[str]) -> None:
+        for line in lines:
+            seen.append((len(log.read_text().splitlines()) if log.exists() else 0, int(line)))
+
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        thread = threading.Thread(target=watch, args=(watcher.stdout,), daemon=True)
+        thread.start()
+        try:
+            distill(config, folder / "busy")
+        finally:
+            watcher.terminate()
+            thread.join()
+    steps = [json.loads(line) for line in log.read_text().splitlines() if "speed" in line]
+    inside = [percent for lines, percent in seen if 2 <= lines < len(steps)]
+    return {
+        "steps": steps[-1]["step"],
+        "samples": len(inside),
+        "busy_percent": sum(inside) / max(len(inside), 1),
+        "last_line": steps[-1],
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for gpu_check.json")
@@ -99,6 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         part("torch cuda latency", lambda: latencies([checkpoint]))
         part("side by side latency", lambda: latencies([checkpoint, onnx]))
         part("training", lambda: train_a_little(folder))
+        part("step throughput", lambda: step_throughput(folder))
+        part("step throughput, compiled", lambda: step_throughput(folder, "--compile"))
+        part("step throughput, float32", lambda: step_throughput(folder, "--precision", "fp32"))
+        part("busy while distilling", lambda: busy_share(folder))
 
 
 if __name__ == "__main__":

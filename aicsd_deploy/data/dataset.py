@@ -120,6 +120,11 @@ class CachedDataset(SegmentationDataset):
         self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
         self._kept: dict[int, LabelledImage] = {}
         self._room_bytes = limit_bytes
+        self.kept_bytes = 0
+
+    @property
+    def kept_images(self) -> int:
+        return len(self._kept)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -134,6 +139,7 @@ class CachedDataset(SegmentationDataset):
             size = pair[0].nbytes + pair[1].nbytes
             if size <= self._room_bytes:
                 self._room_bytes -= size
+                self.kept_bytes += size
                 self._kept[index] = pair
         return pair
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +24,29 @@ class Batch:
 
     Attributes:
         images_BCHW: uint8, red, green, blue.
-        labels_BHW: int64, class indices, 255 where ignored.
+        labels_BHW: class indices, 255 where ignored: uint8 from the loader (an eighth of the upload), int64 from `to` on.
+        step_labels_BHW: where this is a part of what the process sees in the step, the labels of all its parts.
     """
 
     images_BCHW: Tensor
     labels_BHW: Tensor
+    step_labels_BHW: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on another device, copied without waiting where the memory allows it."""
-        return Batch(self.images_BCHW.to(device, non_blocking=True), self.labels_BHW.to(device, non_blocking=True))
+        """Return the batch on another device, copied without waiting where the memory is pinned."""
+        labels = self.labels_BHW.to(device, non_blocking=True)
+        return Batch(self.images_BCHW.to(device, non_blocking=True), labels.long())
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in memory that a GPU can copy from by itself; the loader calls it."""
+        return Batch(self.images_BCHW.pin_memory(), self.labels_BHW.pin_memory())
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return equal parts, in order."""
+        if parts == 1:
+            return [self]
+        pairs = zip(self.images_BCHW.chunk(parts), self.labels_BHW.chunk(parts), strict=True)
+        return [Batch(images, labels, self.labels_BHW) for images, labels in pairs]
 
 
 class _Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -45,10 +60,13 @@ class _Augmented(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _StepSampler(Sampler[list[_Key]]):
-    """The batches of steps `start` to `total`, epoch after epoch, without a pause between epochs."""
+    """The batches of steps `start` to `total`, epoch after epoch, without a pause between epochs; of each, one share."""
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int, total: int) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, start: int, total: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
         self.length, self.batch_size, self.seed, self.start, self.total = length, batch_size, seed, start, total
+        self.share = share
 
     def __len__(self) -> int:
         return self.total - self.start
@@ -61,8 +79,10 @@ class _StepSampler(Sampler[list[_Key]]):
             if not order or position == 0:
                 generator = torch.Generator().manual_seed(derived_seed("order", self.seed, epoch))
                 order = torch.randperm(self.length, generator=generator).tolist()
-            first = position * self.batch_size
-            yield [(epoch, index) for index in order[first : first + self.batch_size]]
+            rank, processes = self.share
+            own = self.batch_size // processes
+            first = position * self.batch_size + rank * own
+            yield [(epoch, index) for index in order[first : first + own]]
 
 
 def steps_per_epoch(dataset: SegmentationDataset, batch_size: int) -> int:
@@ -86,20 +106,33 @@ def training_batches(
     total_steps: int,
     workers: int,
     pin_memory: bool,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterable[Batch]:
-    """Return the batches of steps `start_step` to `total_steps - 1`.
+    """Return the batches of steps `start_step` to `total_steps - 1`, or of each the share of one of several processes.
 
-    A step's batch is the same whatever step the loader starts from and however many workers there are.
+    A step's batch is the same whatever step the loader starts from and however many workers and processes there are.
+
+    Args:
+        batch_size: images of a step, over all processes.
+        share: (rank, number of processes), a number that divides `batch_size`.
     """
     loader: DataLoader[Any] = DataLoader(
         _Augmented(dataset, augmentation, seed),
-        batch_sampler=_StepSampler(len(dataset), batch_size, seed, start_step, total_steps),
+        batch_sampler=_StepSampler(len(dataset), batch_size, seed, start_step, total_steps, share),
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_parent,
+        prefetch_factor=4 if workers else None,
         collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     return loader  # of what the collate function makes
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Schedulers ask every process of a job to stop; the training process then saves, and for that its workers must live."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(pairs: list[tuple[Tensor, Tensor]]) -> Batch:

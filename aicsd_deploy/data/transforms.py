@@ -38,7 +38,7 @@ class Augmentation:
     color_jitter: float = 0.3
 
     def __call__(self, pair: LabelledImage, *, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the picture, uint8 (3, H, W), and its labels, int64 (H, W); what was padded is 255."""
+        """Return the picture, uint8 (3, H, W), and its labels, uint8 (H, W); what was padded is 255."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             low, high = (torch.log(torch.tensor(v)) for v in self.scale)
@@ -47,7 +47,7 @@ class Augmentation:
             image = tv_tensors.Image(torch.from_numpy(resize_image(pair[0], (height, width)).copy()).permute(2, 0, 1))
             labels = tv_tensors.Mask(torch.from_numpy(resize_labels(pair[1], (height, width)).copy()))
             image, labels = self._random_part()(image, labels)
-        return image.as_subclass(Tensor).contiguous(), labels.as_subclass(Tensor).long()
+        return image.as_subclass(Tensor).contiguous(), labels.as_subclass(Tensor).contiguous()
 
     def _random_part(self) -> v2.Compose:
         steps: list[v2.Transform] = [

@@ -14,17 +14,27 @@ from aicsd_deploy.data.transforms import Augmentation
 from aicsd_deploy.errors import InputError
 
 
-def batches(root: Path, *, start: int = 0, workers: int = 0, seed: int = 0, total: int = 8) -> list[Batch]:
+def batches(
+    root: Path,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    seed: int = 0,
+    total: int = 8,
+    batch_size: int = 5,
+    share: tuple[int, int] = (0, 1),
+) -> list[Batch]:
     dataset = open_dataset(f"folder:{root}", "train")
     loader = training_batches(
         dataset,
         Augmentation((32, 40)),
-        batch_size=5,
+        batch_size=batch_size,
         seed=seed,
         start_step=start,
         total_steps=total,
         workers=workers,
         pin_memory=False,
+        share=share,
     )
     return list(loader)
 
@@ -49,7 +59,19 @@ def test_shapes_types_and_the_global_generator(folder_data: Path) -> None:
     batch = batches(folder_data, total=1)[0]
     assert torch.equal(before, torch.random.get_rng_state())
     assert (batch.images_BCHW.shape, batch.images_BCHW.dtype) == ((5, 3, 32, 40), torch.uint8)
-    assert (batch.labels_BHW.shape, batch.labels_BHW.dtype) == ((5, 32, 40), torch.int64)
+    assert (batch.labels_BHW.shape, batch.labels_BHW.dtype) == ((5, 32, 40), torch.uint8)
+    assert batch.to(torch.device("cpu")).labels_BHW.dtype == torch.int64, "what losses take"
+
+
+def test_processes_and_parts_share_every_step_out(folder_data: Path) -> None:
+    whole = batches(folder_data, batch_size=4)
+    shares = [batches(folder_data, batch_size=4, share=(rank, 2)) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        together = torch.cat([shares[0][step].images_BCHW, shares[1][step].images_BCHW])
+        assert torch.equal(together, batch.images_BCHW)
+        first, second = batch.split(2)
+        assert torch.equal(torch.cat([first.labels_BHW, second.labels_BHW]), batch.labels_BHW)
+        assert first.step_labels_BHW is batch.labels_BHW
 
 
 def test_picture_and_labels_move_together_and_padding_is_ignored() -> None:

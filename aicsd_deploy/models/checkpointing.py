@@ -1,0 +1,57 @@
+"""Activation checkpointing: blocks whose activations are computed again in the backward pass instead of being kept.
+
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174; `torch.utils.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from aicsd_deploy.errors import InputError
+
+BLOCKS = {"BasicBlock", "Bottleneck", "InvertedResidual", "DepthwiseSeparableConv", "Block", "ASPP"}
+"""Names of the classes that torchvision, timm and segmentation_models_pytorch build backbones from, and our ASPP."""
+
+
+def checkpoint_activations(network: nn.Module) -> int:
+    """Let every block of a network keep its input only; return how many there are.
+
+    Raises:
+        InputError: the network has no block of a known kind.
+    """
+    blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
+    for block in blocks:
+        contexts = partial(_contexts, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    if not blocks:
+        raise InputError(
+            f"--checkpoint-activations knows the blocks {', '.join(sorted(BLOCKS))}, and {type(network).__name__} has none. "
+            "Leave the flag out, or use torch.utils.checkpoint in your network."
+        )
+    return len(blocks)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _statistics_left_alone(block)
+
+
+@contextmanager
+def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
+    """Keep batch normalisation from counting the same batch twice."""
+    layers = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    before = [(layer.momentum, cast(Tensor, layer.num_batches_tracked).clone()) for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (momentum, batches) in zip(layers, before, strict=True):
+            layer.momentum = momentum
+            cast(Tensor, layer.num_batches_tracked).copy_(batches)

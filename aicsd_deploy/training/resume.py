@@ -1,0 +1,32 @@
+"""Whether a run is the one that was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from aicsd_deploy.console import say
+from aicsd_deploy.errors import InputError
+
+FREE_TO_CHANGE = {
+    "workers", "threads", "device", "cache", "log_every", "save_every", "keep", "profile", "on_broken_step",
+    "checkpoint_activations", "teacher",
+}  # fmt: skip
+"""Settings that a resumed run may have different; any other would make it another run."""
+
+
+def check_same_run(ours: dict[str, Any], theirs: dict[str, Any], *, folder: Path) -> None:
+    """Say which settings have changed since a run was saved.
+
+    Raises:
+        InputError: they make it another run.
+    """
+    changed = {name: f"{name}: was {theirs.get(name)!r}, now {ours[name]!r}" for name in ours}
+    changed = {name: text for name, text in changed.items() if ours[name] != theirs.get(name)}
+    refused = [f"  {text}" for name, text in changed.items() if name not in FREE_TO_CHANGE]
+    if refused:
+        raise InputError(
+            f"{folder} holds a run with other settings:\n" + "\n".join(refused) + "\nGive the same, or another --out."
+        )
+    if changed:
+        say("changed since this run was saved: " + "; ".join(changed.values()))

@@ -1,0 +1,150 @@
+"""A run that is killed at the worst moments, damaged or asked to stop ends as one that was left alone, to the bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import NETWORK, REPO, TINY, call_script, log_lines, write_folder_dataset
+
+from aicsd_deploy.tracking import RunLog
+
+RUN = [*TINY, "--student", "tiny_network:tiny", "--teacher", "teacher/best.pt", "--epochs", 8, "--save-every", 5, "--log-every", 2, "--resume", "auto"]  # fmt: skip
+
+
+def argv(out: str) -> list[str]:
+    return [str(REPO / "train/distill.py"), *map(str, RUN), "--out", out]
+
+
+def strike(work: Path, cases: list[dict[str, Any]]) -> list[int]:
+    """Run the cases in forks of one process that has only imported: forking pytest itself would fork its threads."""
+    cases = [{"cwd": str(work), "signal": signal.SIGKILL, "after": False, **case} for case in cases]
+    result = subprocess.run(
+        [sys.executable, str(REPO / "tools/striker.py"), json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "AICSD_TRUST": "tiny_network:tiny"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    codes: list[int] = json.loads(result.stdout)
+    return codes
+
+
+def resume(work: Path, out: str) -> str:
+    result = call_script("train/distill.py", *RUN, "--out", out, cwd=work)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with data, a teacher, and runs/whole, which nothing happened to."""
+    work = tmp_path_factory.mktemp("kills")
+    write_folder_dataset(work / "data")
+    (work / "tiny_network.py").write_text(NETWORK)
+    teacher = [*TINY, "--model", "tiny_network:tiny", "--epochs", 2, "--out", "teacher"]
+    assert call_script("train/teacher.py", *teacher, cwd=work).returncode == 0
+    resume(work, "whole")
+    return work
+
+
+def assert_same(work: Path, out: str) -> None:
+    for name in ("best.pt", "last.pt"):
+        whole, other = (torch.load(work / run / name, weights_only=True) for run in ("whole", out))
+        assert whole["model"].keys() == other["model"].keys()
+        assert all(torch.equal(whole["model"][key], other["model"][key]) for key in whole["model"]), name
+        assert whole["metadata"]["scores"] == other["metadata"]["scores"]
+    assert log_lines(work / "whole") == log_lines(work / out)
+    assert not list((work / out).glob(".*")), "nothing half-written may be left"
+
+
+def test_killed_at_any_rename_or_moment_and_resumed_equals_uninterrupted(work: Path) -> None:
+    renames = [(1, False), (2, False), (2, True), (3, False), (3, True), (4, False)]
+    cases = [{"at": "replace", "n": n, "after": after} for n, after in renames]
+    cases += [{"at": "step", "n": 8}, {"at": "validate", "n": 7}, {"at": "write", "n": 3}]
+    cases = [{**case, "argv": argv(f"killed{i}")} for i, case in enumerate(cases)]
+    assert strike(work, cases) == [-signal.SIGKILL] * len(cases)
+    for i in range(len(cases)):
+        resume(work, f"killed{i}")
+        assert_same(work, f"killed{i}")
+
+
+def test_a_run_asked_to_stop_saves_at_once_and_ends_with_75(work: Path) -> None:
+    places = [{"at": "step", "n": 8}, {"at": "validate", "n": 6}, {"at": "write", "n": 2}]
+    cases = [{**case, "argv": argv(f"asked{i}"), "signal": signal.SIGTERM} for i, case in enumerate(places)]
+    cases[0]["argv"] += ["--workers", "1"]
+    assert strike(work, cases) == [75] * len(cases)
+    assert "stopped by SIGTERM at step 8 of 24" in (work / "output.txt").read_text()
+    steps = [torch.load(work / f"asked{i}/last.pt", weights_only=True)["training"]["step"] for i in range(len(cases))]
+    assert steps[0] == 8, "not the last regular save, which is at 5"
+    assert steps[1] == 12, "in the validation after step 12"
+    for i in range(len(cases)):
+        resume(work, f"asked{i}")
+        assert_same(work, f"asked{i}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_last_state_is_noticed_and_the_one_before_used(work: Path, damage: str) -> None:
+    out = f"damaged-{damage}"
+    assert strike(work, [{"argv": argv(out), "at": "step", "n": 18}]) == [-signal.SIGKILL]
+    content = bytearray((work / out / "last.pt").read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 4  # in a tensor: torch.load alone would not notice
+    (work / out / "last.pt").unlink()
+    (work / out / "last.pt").write_bytes(content)
+    said = resume(work, out)
+    assert "damaged" in said
+    assert "going on from step 12" in said
+    assert_same(work, out)
+
+
+def test_a_full_disk_leaves_the_state_before_and_says_so(work: Path) -> None:
+    good = torch.save
+
+    def fills_up(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            Path(args[1]).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534")
+        good(*args, **kwargs)
+
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", fills_up)
+        result = call_script("train/distill.py", *RUN, "--out", "full", cwd=work)
+    assert result.returncode == 2
+    assert "last.pt cannot be written" in result.stderr or "best.pt cannot be written" in result.stderr
+    assert "MiB are free" in result.stderr
+    assert torch.load(work / "full/last.pt", weights_only=True)["training"]["step"] == 10
+    resume(work, "full")
+    assert_same(work, "full")
+
+
+def test_a_disk_that_is_full_when_a_line_is_logged(work: Path) -> None:
+    good = RunLog.write
+
+    def fills_up(log: RunLog, step: int, **values: Any) -> None:
+        if step == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        good(log, step, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "write", fills_up)
+        result = call_script("train/distill.py", *RUN, "--out", "log", cwd=work)
+    assert result.returncode == 2
+    assert "No space left on device" in result.stderr
+    assert "last.pt is whole" in result.stderr
+    resume(work, "log")
+    assert_same(work, "log")

@@ -1,0 +1,156 @@
+"""One optimiser step: cut into parts, in low precision, with a running mean, and when its loss breaks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from aicsd_deploy.config import DistillConfig
+from aicsd_deploy.data.loader import Batch
+from aicsd_deploy.distiller import Distiller, LossBreakdown
+from aicsd_deploy.training.precision import autocast_dtype, lowered
+from aicsd_deploy.training.step import TrainStep
+
+CPU = torch.device("cpu")
+
+
+class Network(nn.Module):
+    """Logits at a quarter of the size; normalised over groups, so that images do not depend on each other."""
+
+    def __init__(self, seed: int, norm: type[nn.Module] = nn.GroupNorm) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        layer = nn.GroupNorm(2, 8) if norm is nn.GroupNorm else nn.BatchNorm2d(8)
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 4, 4), layer, nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.layers(images.float() / 255)
+        return logits
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (4, 16, 16), generator=generator)
+    labels[0, :12] = 255
+    labels[3] = 255
+    return Batch(torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8), labels)
+
+
+def step_of(network: nn.Module, **settings: Any) -> TrainStep:
+    config = DistillConfig(**{"lr": 0.01, "warmup_steps": 0, "batch_size": 4} | settings)
+    dtype = autocast_dtype(config.precision, CPU)
+    teacher = lowered(Network(9), dtype)
+    return TrainStep(network, Distiller(network, teacher, "aicsd", autocast=dtype), config, CPU, autocast=dtype)
+
+
+@pytest.mark.parametrize("method_step", [1, 3])
+def test_a_step_in_parts_is_the_step_at_once(batch: Batch, method_step: int) -> None:
+    whole, parts = Network(0), Network(0)
+    logged = [
+        step_of(network, accumulate=count)(batch, step=method_step, total=5, logs=True)
+        for network, count in ((whole, 1), (parts, 2))
+    ]
+    assert logged[1]["loss"] == pytest.approx(logged[0]["loss"], rel=1e-5)
+    assert logged[1]["terms"] == pytest.approx(logged[0]["terms"], rel=1e-5)
+    assert logged[1]["gradient_norm"] == pytest.approx(logged[0]["gradient_norm"], rel=1e-4)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_is_close_and_the_losses_stay_in_float32(batch: Batch, precision: str) -> None:
+    full, low = Network(0), Network(0)
+    a = step_of(full)(batch, step=2, total=5, logs=True)
+    taker = step_of(low, precision=precision)
+    seen: list[torch.dtype] = []
+    low.layers[3].register_forward_hook(lambda _m, _i, output: seen.append(output.dtype))
+    b = taker(batch, step=2, total=5, logs=True)
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float16]
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.03)
+    assert b["loss"] != a["loss"]
+    assert taker.loss(batch, step=2, total_steps=5).logits_BCHW.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in low.parameters())
+
+
+def test_auto_precision_is_float32_on_the_cpu_and_a_lowered_teacher_keeps_its_normalisation() -> None:
+    assert autocast_dtype("auto", CPU) is None
+    teacher = lowered(Network(0, nn.BatchNorm2d), torch.bfloat16)
+    assert {p.dtype for p in teacher.layers[0].parameters()} == {torch.bfloat16}  # type: ignore[index, union-attr]
+    assert {p.dtype for p in teacher.layers[1].parameters()} == {torch.float32}  # type: ignore[index, union-attr]
+
+
+def test_the_running_mean_follows_the_weights(batch: Batch) -> None:
+    network = Network(0)
+    taker = step_of(network, ema=0.75)
+    weights = [network.layers[0].weight.detach().clone()]
+    for step in range(3):
+        taker(batch, step=step, total=5, logs=False)
+        weights.append(network.layers[0].weight.detach().clone())
+    expected = weights[0]
+    for value in weights[1:]:
+        expected = 0.75 * expected + 0.25 * value
+    torch.testing.assert_close(taker.validated_network.layers[0].weight.data, expected)
+
+
+class Breaking:
+    """A loss that breaks at one step, in one of several ways."""
+
+    def __init__(self, loss: Any, how: str, at: int) -> None:
+        self.loss, self.how, self.at = loss, how, at
+        self.student, self.phase = loss.student, loss.phase
+
+    def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown:
+        found = self.loss(batch, step=step, total_steps=total_steps)
+        if step != self.at:
+            return found
+        if self.how == "gradient":
+            found.total.register_hook(lambda gradient: gradient * float("nan"))
+            return found
+        factor = {"nan": float("nan"), "exploded": 1e6}[self.how]
+        terms = found.terms | {"icsd": found.terms["icsd"] * float("nan")} if self.how == "nan" else found.terms
+        return LossBreakdown(found.total * factor, terms, found.weights, found.logits_BCHW, found.alpha)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("how", ["nan", "gradient", "exploded"])
+def test_a_broken_step_changes_nothing_and_is_named(batch: Batch, how: str, optimizer: str) -> None:
+    network = Network(0, nn.BatchNorm2d)
+    taker = step_of(network, optimizer=optimizer)
+    taker.loss = Breaking(taker.loss, how, at=2)
+    for step in (0, 1):
+        taker(batch, step=step, total=9, logs=False)
+    before = copy.deepcopy(network.state_dict()), copy.deepcopy(taker.optimizer.state_dict())
+    taker(batch, step=2, total=9, logs=False)
+    counter = "layers.1.num_batches_tracked"
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in before[0].items() if k != counter)
+    for index, state in before[1]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, taker.optimizer.state_dict()["state"][index][name]), name
+    (broken,) = taker.guard.broken_steps()
+    assert broken.step == 2
+    said = {"nan": "no longer a number: loss, gradient, icsd", "gradient": "no longer a number: gradient", "exploded": "exploded"}  # fmt: skip
+    assert said[how] in str(broken)
+    taker(batch, step=3, total=9, logs=False)
+    assert taker.guard.broken_steps() == []
+    assert not torch.equal(before[0]["layers.0.weight"], network.state_dict()["layers.0.weight"])
+
+
+def test_the_state_of_a_step_survives_a_file(batch: Batch, tmp_path: Any) -> None:
+    whole, resumed = Network(0), Network(5)
+    takers = [step_of(network, ema=0.9, precision="fp16") for network in (whole, resumed)]
+    for step in range(3):
+        takers[0](batch, step=step, total=9, logs=False)
+    torch.save([whole.state_dict(), takers[0].state_dict()], tmp_path / "s.pt")
+    network_state, taker_state = torch.load(tmp_path / "s.pt", weights_only=True)
+    resumed.load_state_dict(network_state)
+    takers[1].load_state_dict(taker_state)
+    for taker in takers:
+        taker(batch, step=3, total=9, logs=False)
+    for a, b in ((whole, resumed), (takers[0].validated_network, takers[1].validated_network)):
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    assert takers[0].scaler.state_dict() == takers[1].scaler.state_dict()
