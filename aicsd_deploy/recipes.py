@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint
-from aicsd_deploy.config import DistillConfig, TrainConfig
+from aicsd_deploy.config import DistillConfig, Method, TrainConfig
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.data.check import check_dataset
 from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
@@ -48,7 +48,7 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
             raise InputError("--method none learns from labels alone and takes no --teacher. Leave one of them out.")
         return _train(config, out, role="student", method="none", teacher=None, resume=resume)
     own = out / "teacher"  # of an earlier call that was killed: go on with it
-    path = config.teacher
+    path = None if config.teacher is None else Path(config.teacher)
     if path is None and (out / LAST).is_file():
         path = Path(load_checkpoint(out / LAST).metadata.provenance.get("teacher", own / BEST))
     elif path is None and not own.is_dir():
@@ -84,7 +84,7 @@ def _train(
     out: Path,
     *,
     role: Literal["teacher", "student"],
-    method: Literal["none", "kd", "icsd", "aicsd"],
+    method: Method,
     teacher: tuple[Path, Checkpoint] | None,
     resume: bool,
 ) -> dict[str, Any]:
@@ -118,10 +118,11 @@ def _train(
     if teacher is not None:
         teacher_network, teacher_miou = _ready_teacher(teacher[1], val_data, metadata, device)
     distiller = Distiller(
-        student=nn.Sequential(Normalize(metadata), network).to(device),
-        teacher=teacher_network,
-        method=method,
-        **_weights(config),
+        nn.Sequential(Normalize(metadata), network).to(device),
+        teacher_network,
+        config if isinstance(config, DistillConfig) else None,
+        epochs=config.epochs,
+        image_size_hw=metadata.image_size_hw,
     )
     identity = {
         "training images": len(train_data),
@@ -159,12 +160,6 @@ def _ready_teacher(
     miou = scores.scores(metadata.class_names).miou
     say(f"teacher's val mIoU: {percent(miou)} %")
     return nn.Sequential(Normalize(teacher.metadata), network).to(device).eval(), miou
-
-
-def _weights(config: TrainConfig) -> dict[str, Any]:
-    if not isinstance(config, DistillConfig):
-        return {}
-    return {k: getattr(config, k) for k in ("lambda_icsd", "lambda_kd", "temperature", "icsd_normalize")}
 
 
 def _image_size(

@@ -34,6 +34,9 @@ FREE_TO_CHANGE = {"workers", "threads", "device", "log_every", "save_every", "te
 class Loss(Protocol):
     """Works out the loss of a batch; see `Distiller`."""
 
+    state: nn.Module
+    """What it trains or measures besides the network: optimised and saved with the run, not with the network."""
+
     def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown: ...
 
 
@@ -119,7 +122,7 @@ class Trainer:
         norms = breakdown.gradient_norms() if logs else {}
         optimizer.zero_grad(set_to_none=True)
         breakdown.total.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.config.clip_norm)
         if not math.isfinite(norm.item()):  # before the step, so that no saved state is ever spoilt
             raise AicsdError(
                 f"The loss or its gradient is no longer a number at step {step} "
@@ -159,6 +162,7 @@ class Trainer:
             "optimizer": optimizer.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "identity": self.identity,
+            "loss": self.loss.state.state_dict(),
         }
         save_checkpoint(self.out / LAST, Checkpoint(self.metadata, self.network.state_dict(), training))
 
@@ -179,10 +183,14 @@ class Trainer:
                 f"{self.out / LAST} belongs to a run with other settings:\n{lines}\nGive the same, or another --out."
             )
         self.network.load_state_dict(checkpoint.model)
+        self.loss.state.load_state_dict(checkpoint.training.get("loss", {}))
         optimizer.load_state_dict(checkpoint.training["optimizer"])
         step = int(checkpoint.training["step"])
         say(f"{self.out}: going on from step {step}.")
         return step, checkpoint.training["best"]
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [*self.network.parameters(), *self.loss.state.parameters()]
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -194,11 +202,7 @@ class Trainer:
         for in_backbone in (True, False):
             for decays in (True, False):
                 # Biases and batch normalisation are one-dimensional; decaying them only weakens the network.
-                chosen = [
-                    p
-                    for p in self.network.parameters()
-                    if (id(p) in backbone) == in_backbone and (p.ndim > 1) == decays
-                ]
+                chosen = [p for p in self._trained() if (id(p) in backbone) == in_backbone and (p.ndim > 1) == decays]
                 lr = config.lr * (factor if in_backbone else 1.0)
                 groups.append(
                     {"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": config.weight_decay if decays else 0.0}

@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "models", "losses", "metrics", "data.dataset", "data.folder", "data.spec", "data.synthetic"),
     ("data.transforms", "data.loader", "video"),
     ("checkpoint", "data.check"),
-    ("distiller", "export.deploy_module"),
+    ("features", "distiller", "export.deploy_module"),
     ("runtime.torch_backend", "export.tensorrt_build"),
     ("evaluate", "export.verify", "export.onnx_export", "tracking"),
     ("trainer", "bench"),
