@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -185,7 +185,13 @@ class DistillConfig(MethodConfig, TrainConfig):
 
     teacher: str | None = Field(
         None,
-        description="the teacher's checkpoint (default: the newest teacher under runs/ for this data; trained first if there is none)",
+        description="the teacher (default: the newest under runs/ for this data; trained first if there is none): a checkpoint, "
+        "hf:NAME or hf:FOLDER (transformers), torchvision:NAME[:WEIGHTS.pth], smp:FOLDER, package.module:function",
+    )
+    class_map: Path | None = Field(
+        None,
+        description="YAML file with lines `student class: teacher class` (or a list of them), for a teacher of other classes; "
+        "classes that it does not name are left out of the teacher's terms",
     )
     model: str = Field(
         "lraspp_mobilenetv2",
@@ -193,12 +199,23 @@ class DistillConfig(MethodConfig, TrainConfig):
     )
 
 
-def add_config_flags(parser: Parser, config: type[TrainConfig], *, renamed: dict[str, str] | None = None) -> None:
-    """Add one flag per setting of `config`, besides `--config FILE`; `renamed` gives settings other flag names."""
+def add_config_flags(
+    parser: Parser,
+    config: type[TrainConfig],
+    *,
+    renamed: dict[str, str] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """Add one flag per setting of `config`, besides `--config FILE`; `renamed` gives settings other flag names.
+
+    Settings in `without` get no flag.
+    """
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with any of the settings below; flags override it"
     )
     for name, field in config.model_fields.items():
+        if name in without:
+            continue
         flag = "--" + (renamed or {}).get(name, name).replace("_", "-")
         help_text = (field.description or "") + (
             "" if field.default is None else f" (default: {_shown(field.default)})"

@@ -36,7 +36,7 @@ CAMVID_CLASSES = (
 def open_folder(root: Path, split: str) -> FileDataset:
     """Open one split of `folder:ROOT`; see the module's text for the layout."""
     classes, label_values = read_classes(root / "classes.txt")
-    pairs = _pair_up(root / split / "images", root / split / "labels", stems=_read_stems(root / f"{split}.txt"))
+    pairs = _pair_up(root / split / "images", root / split / "labels", stems=read_stems(root / f"{split}.txt"))
     return FileDataset(pairs, classes=classes, label_values=label_values, spec=f"folder:{root}", split=split)
 
 
@@ -88,7 +88,8 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int]]:
     return tuple(found[value] for value in kept), {v: kept.index(v) if v in kept else IGNORE_LABEL for v in found}
 
 
-def _read_stems(path: Path) -> list[str] | None:
+def read_stems(path: Path) -> list[str] | None:
+    """Return the file stems that a split list names, one in a line; None where there is no such list."""
     if not path.is_file():
         return None
     return [
