@@ -27,7 +27,9 @@ class StudyConfig(DistillConfig):
     """The recipe that all cells share, and which cells there are."""
 
     methods: list[str] = Field(
-        default=["none", "kd", "aicsd"], min_length=1, description="methods, or names under `variants` in the file of --config"
+        default=["none", "kd", "aicsd"],
+        min_length=1,
+        description="methods, or names under `variants` in the file of --config",
     )
     seeds: list[int] = Field(
         [0, 1, 2], min_length=1, description="seeds; each gives its weights and order to every method"

@@ -105,11 +105,12 @@ def _plot_classes(study: dict[str, Any], path: Path) -> Path:
         [[_gain(study["methods"][n]["per_class_iou_mean"][c], base[c]) for c in base] for n in names], dtype=np.float64
     )
     figure, axis = plt.subplots(figsize=(3 + 0.6 * len(base), 2 + 0.4 * len(names)), constrained_layout=True)
-    reach = max(float(np.nanmax(np.abs(gain))), 1.0)
+    reach = min(max(float(np.nanmax(np.abs(gain))), 1.0), 20.0)  # a method that fails must not wash out the others
     image = axis.imshow(gain, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     for row, column in np.ndindex(gain.shape):
         if np.isfinite(gain[row, column]):
-            axis.text(column, row, f"{gain[row, column]:+.1f}", ha="center", va="center", fontsize=7)
+            color = "white" if abs(gain[row, column]) > 0.6 * reach else "black"
+            axis.text(column, row, f"{gain[row, column]:+.1f}", ha="center", va="center", fontsize=7, color=color)
     axis.set_xticks(range(len(base)), list(base), rotation=60, ha="right")
     axis.set_yticks(range(len(names)), names)
     axis.set(title="IoU of each class minus that of CE, points")

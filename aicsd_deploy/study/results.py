@@ -90,8 +90,11 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
                 f"{m['peak_memory_mib']:.0f}",
             ]
         )
-    headers = ["method", "val mIoU, %", "gap closed, %", "− CE [95 %]", "− KD [95 %]", "s", "MiB"]
+    headers = ["method", "val mIoU, %", "gap closed, %", "− CE [95 %]", "− KD [95 %]", "time, s", "MiB"]
     machine = study["environment"]
+    facts = {k: v for k, v in machine.items() if isinstance(v, str | int | float)} | {
+        "torch": machine["packages"]["torch"]
+    }
     size = study["image_size_hw"]
     return "\n".join(
         [
@@ -108,9 +111,9 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
             "",
             "val mIoU: after the last epoch, mean ± standard deviation over the seeds. Gap closed: (method − CE) / (teacher − CE).",
             "− CE, − KD: mean difference of the cells of the same seed, in points, with its 95 % interval (Student's t).",
-            "s: wall-clock of a cell, checks and scoring included. MiB: peak memory (the GPU's where there is one, else the process's).",
+            "Time: wall-clock of a cell, checks and scoring included. MiB: peak memory (the GPU's where there is one, else the process's).",
             "",
-            f"Machine: {', '.join(f'{k} {v}' for k, v in machine.items() if isinstance(v, str | int | float))}.",
+            f"Machine: {', '.join(f'{k} {v}' for k, v in facts.items())}.",
             "",
         ]
     )
