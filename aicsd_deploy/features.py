@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aicsd_deploy.errors import InputError
 
 USUAL_NAMES = ("backbone", "encoder")
-"""What networks call the part before the head: ours and torchvision's, segmentation_models_pytorch's and transformers'."""
+"""What networks call the part before the head: ours and torchvision's, segmentation_models_pytorch's."""
 
 
 class FeatureTap:
@@ -63,13 +63,22 @@ class FeatureTap:
 
 def _find(network: nn.Module, layer: str | None, who: str) -> str:
     names = [name for name, _ in network.named_modules() if name]
-    for wanted in USUAL_NAMES if layer is None else (layer,):
-        fitting = [name for name in names if f".{name}".endswith(f".{wanted}")]
+    for wanted in [*USUAL_NAMES, *_base_models(network)] if layer is None else [layer]:
+        fitting: list[str] = [name for name in names if f".{name}".endswith(f".{wanted}")]
         if fitting:
-            return str(min(fitting, key=lambda name: name.count(".")))
-    outer = [name for name in names if name.count(".") <= 1][:12]
+            return min(fitting, key=lambda name: name.count("."))
+    outer = [name for name in names if name.count(".") <= 2][:12]
     what = f"has no layer {layer!r}" if layer else f"has no part named {' or '.join(USUAL_NAMES)}, whose features serve"
     raise InputError(f"The {who} {what}. Name one with --{who}-layer. Its outer parts: {', '.join(outer)}.")
+
+
+def _base_models(network: nn.Module) -> list[str]:
+    """Return what networks of transformers call the part before the head."""
+    return [
+        prefix
+        for module in network.modules()
+        if isinstance(prefix := getattr(module, "base_model_prefix", None), str) and prefix
+    ]
 
 
 def _last_map(output: Any) -> Tensor | None:
