@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from aicsd_deploy.cli import Parser, device_name, size_hw
+from aicsd_deploy.data.spec import SPEC_HELP
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
 
@@ -37,7 +38,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    data: str = Field("synthetic", description="data set: synthetic (or synthetic:HxW), camvid:PATH or folder:PATH")
+    data: str = Field("synthetic", description=f"data set: {SPEC_HELP}")
     model: str = Field(
         "lraspp_resnet18",
         description="network: lraspp_resnet18, deeplabv3plus_resnet101, … (README lists them), or smp:ARCHITECTURE:ENCODER, or package.module:function",
@@ -62,6 +63,10 @@ class TrainConfig(BaseModel):
     clip_norm: float = Field(5.0, gt=0, description="the gradient's norm is cut to this")
     scale: tuple[float, float] = Field(
         (0.75, 1.5), description="range of the random scale: two factors; 0.5 2.0 is the papers' usual"
+    )
+    crop_size: SizeHW = Field(None, description="crop that training sees, HEIGHTxWIDTH (default: --image-size)")
+    keep_aspect: bool = Field(
+        False, description="keep the proportions of training pictures instead of stretching them to --image-size"
     )
     color_jitter: float = Field(0.3, ge=0, le=0.9, description="strength of random brightness, contrast and saturation")
     flip: bool = Field(True, description="mirror half of the images")
@@ -226,7 +231,7 @@ def add_config_flags(
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is Literal:
             parser.add_argument(flag, choices=typing.get_args(kind), **options)
-        elif name == "image_size":
+        elif name in ("image_size", "crop_size"):
             parser.add_argument(flag, type=size_hw, metavar="HxW", **options)
         elif typing.get_origin(kind) is tuple:
             parser.add_argument(flag, type=float, nargs=2, metavar=("LOW", "HIGH"), **options)

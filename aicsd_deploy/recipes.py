@@ -13,7 +13,7 @@ from torch import nn
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.config import DistillConfig, Method, TrainConfig
 from aicsd_deploy.console import percent, say, table
-from aicsd_deploy.data.check import check_dataset
+from aicsd_deploy.data.check import check_dataset, check_splits
 from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.data.transforms import derived_seed
@@ -79,6 +79,7 @@ def open_checked(spec: str) -> tuple[SegmentationDataset, SegmentationDataset]:
     train_data, val_data = CachedDataset(open_dataset(spec, "train")), CachedDataset(open_dataset(spec, "val"))
     for dataset in (train_data, val_data):
         check_dataset(dataset)
+    check_splits(train_data, val_data)
     return train_data, val_data
 
 

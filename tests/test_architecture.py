@@ -37,7 +37,7 @@ LAYERS = (
     ("teachers",),
     ("features", "distiller", "export.deploy_module"),
     ("runtime.torch_backend", "export.tensorrt_build"),
-    ("evaluate", "export.verify", "export.onnx_export", "tracking"),
+    ("evaluate", "protocol", "export.verify", "export.onnx_export", "tracking"),
     ("trainer", "bench"),
     ("recipes",),
     ("study",),
