@@ -161,7 +161,10 @@ class MethodConfig(BaseModel):
     teacher_confidence: float = Field(
         0.0, ge=0, lt=1, description="leave out where the teacher's highest probability is below this; 0 keeps all"
     )
-    alw: Literal["auto", "off", "linear", "cosine", "quadratic"] = Field(
+    alw: Annotated[
+        Literal["auto", "off", "linear", "cosine", "quadratic"],
+        BeforeValidator(lambda value: {False: "off", True: "linear"}.get(value, value)),  # YAML reads `off` as false
+    ] = Field(
         "auto",
         description="adaptive loss weighting, for any method: how its weight alpha moves over training. auto: linear for "
         "aicsd, off for others; cosine: slow at both ends; quadratic: the teacher stays longer, when training is short",
@@ -230,7 +233,10 @@ def add_config_flags(
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), **options)
+            alone: dict[str, Any] = (
+                {"nargs": "?", "const": "linear"} if name == "alw" else {}
+            )  # `--alw` alone switches it on
+            parser.add_argument(flag, choices=typing.get_args(kind), **alone, **options)
         elif name in ("image_size", "crop_size"):
             parser.add_argument(flag, type=size_hw, metavar="HxW", **options)
         elif typing.get_origin(kind) is tuple:

@@ -31,7 +31,7 @@ LOGIT_LOSSES: dict[str, Callable[..., Tensor]] = {
     "dist": dist_loss,
 }
 FEATURE_LOSSES = {"at": attention_loss, "sp": similarity_loss, "ickd": ickd_loss}
-OWN_LAMBDA = {"cwd": 3.0, "dist": 1.0, "at": 2.0, "sp": 20.0, "ickd": 1.0}
+OWN_LAMBDA = {"cwd": 3.0, "dist": 1.0, "at": 1.5, "sp": 15.0, "ickd": 1.0}
 """cwd and dist: their papers'. The others: such that on CamVid their gradient at the features is about half of cross-entropy's."""
 OWN_TEMPERATURE = {"cwd": 4.0}
 BALANCE_STEPS = 20

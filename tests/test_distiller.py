@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from aicsd_deploy.config import MethodConfig
+from aicsd_deploy.cli import Parser
+from aicsd_deploy.config import DistillConfig, MethodConfig, add_config_flags, read_config
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import BALANCE_STEPS, Distiller, classes_present, cross_entropy, labels_at
 from aicsd_deploy.errors import InputError
@@ -214,3 +216,12 @@ def test_classes_that_the_teacher_does_not_know_are_left_out(batch: Batch) -> No
     small = labels_at(batch.labels_BHW, (4, 4))
     expected = pixel_kd_loss(s, t, valid=(small == 0) | (small == 2))
     torch.testing.assert_close(loss(batch, step=0, total_steps=1).terms["kd"], expected)
+
+
+def test_alw_as_a_flag_alone_and_as_yaml_reads_it(tmp_path: Path) -> None:
+    parser = Parser("x")
+    add_config_flags(parser, DistillConfig)
+    assert read_config(DistillConfig, parser.parse_args(["--method", "cwd", "--alw"])).alw == "linear"
+    assert read_config(DistillConfig, parser.parse_args(["--alw", "cosine"])).alw == "cosine"
+    (tmp_path / "c.yaml").write_text("alw: off\n")
+    assert read_config(DistillConfig, parser.parse_args(["--config", str(tmp_path / "c.yaml")])).alw == "off"
