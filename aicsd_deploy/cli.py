@@ -18,6 +18,7 @@ from aicsd_deploy.files import write_json
 SCRIPTS = {
     "teacher": ("train/teacher.py", "train a teacher"),
     "distill": ("train/distill.py", "distil a student from a teacher"),
+    "study": ("train/study.py", "compare distillation methods over several seeds"),
     "evaluate": ("train/evaluate.py", "score an artefact on a data set"),
     "export": ("export/to_onnx.py", "turn a checkpoint into an ONNX file"),
     "tensorrt": ("export/to_trt.py", "turn an ONNX file into a TensorRT engine"),

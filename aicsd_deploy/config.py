@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from aicsd_deploy.cli import Parser, device_name, size_hw
+from aicsd_deploy.data.spec import SPEC_HELP
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
 
@@ -28,7 +29,7 @@ def _read_size(value: Any) -> Any:
 
 
 SizeHW = Annotated[tuple[int, int] | None, BeforeValidator(lambda value: None if value is None else _read_size(value))]
-Method = Literal["none", "kd", "icsd", "aicsd"]
+Method = Literal["none", "kd", "at", "sp", "ickd", "cwd", "dist", "icsd", "aicsd"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 C = TypeVar("C", bound="TrainConfig")
 
@@ -38,7 +39,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    data: str = Field("synthetic", description="data set: synthetic (or synthetic:HxW), camvid:PATH or folder:PATH")
+    data: str = Field("synthetic", description=f"data set: {SPEC_HELP}")
     model: str = Field(
         "lraspp_resnet18",
         description="network: lraspp_resnet18, deeplabv3plus_resnet101, … (README lists them), or smp:ARCHITECTURE:ENCODER, or package.module:function",
@@ -65,6 +66,10 @@ class TrainConfig(BaseModel):
     clip_norm: float = Field(5.0, gt=0, description="the gradient's norm is cut to this")
     scale: tuple[float, float] = Field(
         (0.75, 1.5), description="range of the random scale: two factors; 0.5 2.0 is the papers' usual"
+    )
+    crop_size: SizeHW = Field(None, description="crop that training sees, HEIGHTxWIDTH (default: --image-size)")
+    keep_aspect: bool = Field(
+        False, description="keep the proportions of training pictures instead of stretching them to --image-size"
     )
     color_jitter: float = Field(0.3, ge=0, le=0.9, description="strength of random brightness, contrast and saturation")
     flip: bool = Field(True, description="mirror half of the images")
@@ -116,36 +121,136 @@ class TrainConfig(BaseModel):
         return self
 
 
-class DistillConfig(TrainConfig):
+class MethodConfig(BaseModel):
+    """What a student learns from its teacher, and how the terms are weighted; see `Distiller`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: Method = Field(
+        "aicsd",
+        description="none: labels only; kd: pixel-wise distillation; icsd: inter-class similarity distillation; aicsd: both, "
+        "weighted by ALW; to compare with: at (attention transfer), sp (similarity-preserving), ickd (inter-channel "
+        "correlation), cwd (channel-wise), dist (correlation)",
+    )
+    lambda_icsd: float = Field(100.0, ge=0, description="weight of the ICSD term")
+    lambda_kd: float = Field(1.0, ge=0, description="weight of the pixel-wise term")
+    lambda_rival: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the term of at, sp, ickd, cwd or dist (default: each one's own; README lists them)",
+    )
+    balance: float | None = Field(
+        None,
+        gt=0,
+        description="instead of the lambdas: weigh each term of the teacher so that its gradient is this many times that of "
+        "cross-entropy, measured over the first 20 steps; use it where you have no lambda for your data yet",
+    )
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="temperature of the teacher's terms (default: 4 for cwd, else 1); higher looks at weaker classes",
+    )
+    icsd_normalize: Literal["row", "none"] = Field(
+        "row",
+        description="row: rows of the similarity matrix are scaled to length 1, so that lambda carries over between sizes; "
+        "none: raw, when classes that differ most should count most",
+    )
+    icsd_direction: Literal["full", "symmetric"] = Field(
+        "full",
+        description="full: every KL(i, j), as in the paper; symmetric: the mean of both directions, when a class that is "
+        "nearly absent makes one direction huge",
+    )
+    icsd_classes: Literal["all", "present"] = Field(
+        "all",
+        description="all: every class in every image; present: only those that the teacher or the label has in the image, "
+        "when there are many classes and few per image",
+    )
+    icsd_warmup: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of training over which the ICSD term rises to its weight; use it when a student from random "
+        "weights learns slower with ICSD at first",
+    )
+    distill_size: Literal["logits", "full"] = Field(
+        "logits",
+        description="logits: the teacher's terms at the size of the student's own logits, cheap; full: at the size of the "
+        "labels, when thin things matter and memory allows it",
+    )
+    mask_ignored: bool = Field(
+        True,
+        description="leave ignored and padded pixels out of the teacher's terms; keep them where much is unlabelled and the "
+        "teacher knows better",
+    )
+    teacher_errors: Literal["keep", "mask"] = Field(
+        "keep", description="mask: leave out where the teacher contradicts the label, when it is weak"
+    )
+    teacher_confidence: float = Field(
+        0.0, ge=0, lt=1, description="leave out where the teacher's highest probability is below this; 0 keeps all"
+    )
+    alw: Annotated[
+        Literal["auto", "off", "linear", "cosine", "quadratic"],
+        BeforeValidator(lambda value: {False: "off", True: "linear"}.get(value, value)),  # YAML reads `off` as false
+    ] = Field(
+        "auto",
+        description="adaptive loss weighting, for any method: how its weight alpha moves over training. auto: linear for "
+        "aicsd, off for others; cosine: slow at both ends; quadratic: the teacher stays longer, when training is short",
+    )
+    alw_start: float = Field(
+        0.0, ge=0, le=1, description="alpha of the first step; above 0 lets the labels count from the start"
+    )
+    alw_end: float = Field(1.0, ge=0, le=1, description="alpha of the last step; below 1 keeps the teacher to the end")
+    alw_per: Literal["step", "epoch"] = Field(
+        "step", description="step: alpha moves evenly; epoch: it stands still within an epoch, as in the paper"
+    )
+    alw_routing: Literal["paper", "all-fade", "kd-fades"] = Field(
+        "paper",
+        description="paper: cross-entropy and ICSD get alpha, other terms 1 - alpha (ICSD too where it is the only one); "
+        "all-fade: every term of the teacher fades, when ICSD hurts late; kd-fades: cross-entropy and ICSD keep their full "
+        "weight, when the labels should count from the start",
+    )
+    student_layer: str | None = Field(
+        None, description="for at, sp, ickd: the student's layer whose features are compared (default: its backbone)"
+    )
+    teacher_layer: str | None = Field(None, description="the same of the teacher")
+
+
+class DistillConfig(MethodConfig, TrainConfig):
     """What distillation takes besides."""
 
-    teacher: Path | None = Field(
+    teacher: str | None = Field(
         None,
-        description="the teacher's checkpoint (default: the newest teacher under runs/ for this data; trained first if there is none)",
+        description="the teacher (default: the newest under runs/ for this data; trained first if there is none): a checkpoint, "
+        "hf:NAME or hf:FOLDER (transformers), torchvision:NAME[:WEIGHTS.pth], smp:FOLDER, package.module:function",
+    )
+    class_map: Path | None = Field(
+        None,
+        description="YAML file with lines `student class: teacher class` (or a list of them), for a teacher of other classes; "
+        "classes that it does not name are left out of the teacher's terms",
     )
     model: str = Field(
         "lraspp_mobilenetv2",
         description="the student network: lraspp_mobilenetv2, deeplabv3plus_resnet18, … (README lists them), or smp:ARCHITECTURE:ENCODER, or package.module:function",
     )
-    method: Method = Field(
-        "aicsd",
-        description="none: labels only; kd: pixel-wise distillation; icsd: inter-class similarity distillation; aicsd: both, weighted by ALW",
-    )
-    lambda_icsd: float = Field(100.0, ge=0, description="weight of the ICSD term")
-    lambda_kd: float = Field(1.0, ge=0, description="weight of the pixel-wise term")
-    temperature: float = Field(1.0, gt=0, description="temperature of both terms")
-    icsd_normalize: Literal["row", "none"] = Field(
-        "row",
-        description="row: rows of the similarity matrix are scaled to length 1, so that lambda carries over between sizes; none: raw",
-    )
 
 
-def add_config_flags(parser: Parser, config: type[TrainConfig], *, renamed: dict[str, str] | None = None) -> None:
-    """Add one flag per setting of `config`, besides `--config FILE`; `renamed` gives settings other flag names."""
+def add_config_flags(
+    parser: Parser,
+    config: type[TrainConfig],
+    *,
+    renamed: dict[str, str] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """Add one flag per setting of `config`, besides `--config FILE`; `renamed` gives settings other flag names.
+
+    Settings in `without` get no flag.
+    """
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with any of the settings below; flags override it"
     )
     for name, field in config.model_fields.items():
+        if name in without:
+            continue
         flag = "--" + (renamed or {}).get(name, name).replace("_", "-")
         help_text = (field.description or "") + (
             "" if field.default is None else f" (default: {_shown(field.default)})"
@@ -155,8 +260,11 @@ def add_config_flags(parser: Parser, config: type[TrainConfig], *, renamed: dict
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), **options)
-        elif name == "image_size":
+            alone: dict[str, Any] = (
+                {"nargs": "?", "const": "linear"} if name == "alw" else {}
+            )  # `--alw` alone switches it on
+            parser.add_argument(flag, choices=typing.get_args(kind), **alone, **options)
+        elif name in ("image_size", "crop_size"):
             parser.add_argument(flag, type=size_hw, metavar="HxW", **options)
         elif typing.get_origin(kind) is tuple:
             parser.add_argument(flag, type=float, nargs=2, metavar=("LOW", "HIGH"), **options)

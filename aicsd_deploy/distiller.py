@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aicsd_deploy.config import Method
+from aicsd_deploy.config import MethodConfig
 from aicsd_deploy.data.loader import Batch
+from aicsd_deploy.features import FeatureTap
+from aicsd_deploy.losses.attention import attention_loss
+from aicsd_deploy.losses.cwd import cwd_loss
+from aicsd_deploy.losses.dist import dist_loss
+from aicsd_deploy.losses.ickd import ickd_loss
 from aicsd_deploy.losses.icsd import icsd_loss
 from aicsd_deploy.losses.pixel_kd import pixel_kd_loss
-from aicsd_deploy.losses.schedule import alw_alpha
+from aicsd_deploy.losses.schedule import alw_alpha, warmup_share
+from aicsd_deploy.losses.similarity import similarity_loss
 from aicsd_deploy.metadata import IGNORE_LABEL
 from aicsd_deploy.training.distributed import sum_over_processes, world_size
 from aicsd_deploy.training.timing import Phase, untimed
 
 MEANS_OVER_PIXELS = ("kd",)
 """Terms that are means over labelled pixels of the logits; the others are means over images. See `fair_share`."""
+
+TERMS = {"none": (), "aicsd": ("kd", "icsd")}
+"""The teacher's terms of a method; every other method has the one of its own name."""
+LOGIT_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "kd": pixel_kd_loss,
+    "icsd": icsd_loss,
+    "cwd": cwd_loss,
+    "dist": dist_loss,
+}
+FEATURE_LOSSES = {"at": attention_loss, "sp": similarity_loss, "ickd": ickd_loss}
+OWN_LAMBDA = {"cwd": 3.0, "dist": 1.0, "at": 1.5, "sp": 15.0, "ickd": 1.0}
+"""cwd and dist: their papers'. The others: such that on CamVid their gradient at the features is about half of cross-entropy's."""
+OWN_TEMPERATURE = {"cwd": 4.0}
+BALANCE_STEPS = 20
+"""Over so many first steps `balance` averages the gradients' norms; the weights stay as they are after."""
+GRADIENT_SCALE = 2.0**14
+"""Keeps the gradients of single pixels above what float16 can show while their norm is taken."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +53,9 @@ class LossBreakdown:
         total: the weighted sum, a scalar with its gradient.
         terms: each term by name, before weighting.
         weights: what each term is multiplied with in `total`.
-        logits_BCHW: the student's logits, from which gradients of single terms can be taken.
+        logits_BCHW: the student's logits.
         alpha: α of ALW; None where the method has none.
+        anchor: where gradients of single terms are compared: the features for a method that works on those, else the logits.
     """
 
     total: Tensor
@@ -39,51 +63,75 @@ class LossBreakdown:
     weights: dict[str, float]
     logits_BCHW: Tensor
     alpha: float | None = None
+    anchor: Tensor | None = None
 
     def gradient_norms(self) -> dict[str, float]:
-        """Return the norm of each weighted term's gradient with respect to the student's logits."""
-        norms = {}
-        for name, term in self.terms.items():
-            (gradient,) = torch.autograd.grad(term * self.weights[name], self.logits_BCHW, retain_graph=True)
-            norms[name] = gradient.float().norm().item()
-        return norms
+        """Return the norm of each weighted term's gradient at the student's logits (at its features: see `anchor`)."""
+        anchor = self.logits_BCHW if self.anchor is None else self.anchor
+        return {
+            name: abs(self.weights[name]) * _gradient_norm(term, anchor).item() for name, term in self.terms.items()
+        }
 
 
-def cross_entropy(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
-    """Return the mean cross-entropy over the labelled pixels, at the size of the labels; 0 where none is labelled."""
-    full_BCHW = F.interpolate(logits_BCHW.float(), size=labels_BHW.shape[1:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(full_BCHW, labels_BHW, ignore_index=IGNORE_LABEL, reduction="sum")
-    return total / (labels_BHW != IGNORE_LABEL).sum().clamp(min=1)
-
-
-@dataclass
 class Distiller:
     """Works out the loss of a student, with or without a teacher.
 
     Attributes:
         student: the network in training, with its normalisation: uint8 images (B, 3, H, W) to logits.
         teacher: the network to learn from, likewise; kept in eval mode and without gradients. None for method "none".
-        method: which terms there are; "aicsd" is equation 6 of arXiv 2308.04243.
-        lambda_icsd, lambda_kd, temperature, icsd_normalize: see `DistillConfig`.
+        settings: the method and its options; "aicsd" is equation 6 of arXiv 2308.04243.
+        state: what is trained or measured on the way and belongs to the run, not to the student: adapters of features as
+            parameters, and what `balance` has measured as buffers.
         autocast: what the networks compute in; None is float32. The losses are always given float32.
         phase: times the parts of the work.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None = None
-    method: Method = "none"
-    lambda_icsd: float = 100.0
-    lambda_kd: float = 1.0
-    temperature: float = 1.0
-    icsd_normalize: Literal["row", "none"] = "row"
-    autocast: torch.dtype | None = None
-    phase: Phase = untimed
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        settings: MethodConfig | None = None,
+        *,
+        epochs: int = 1,
+        image_size_hw: tuple[int, int] = (64, 64),
+        known_classes: Sequence[int] | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """Tie teacher and student together.
 
-    def __post_init__(self) -> None:
-        if (self.teacher is None) != (self.method == "none"):
-            raise ValueError(f"method {self.method!r} {'needs a' if self.teacher is None else 'takes no'} teacher")
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False)
+        Args:
+            student, teacher: see above.
+            settings: None is plain training on labels.
+            epochs: how many epochs the training takes; for α per epoch.
+            image_size_hw: a size that both networks take; for features, which are looked at once.
+            known_classes: the classes that the teacher knows, where it knows only some; None: all.
+            autocast: see above.
+        """
+        self.student, self.teacher = student, teacher
+        self.autocast = autocast
+        self.phase: Phase = untimed
+        self.settings = MethodConfig(method="none") if settings is None else settings
+        self.names = TERMS.get(self.settings.method, (self.settings.method,))
+        self._epochs = epochs
+        self._known = None if known_classes is None else torch.tensor(list(known_classes))
+        self._balanced: dict[str, float] | None = None
+        self.state = nn.Module()
+        method = self.settings.method
+        if (teacher is None) != (method == "none"):
+            raise ValueError(f"method {method!r} {'needs a' if teacher is None else 'takes no'} teacher")
+        if teacher is None:
+            return
+        teacher.requires_grad_(False)
+        device = next(student.parameters()).device
+        if self.settings.balance is not None:
+            for name in ("ce", *self.names):
+                self.state.register_buffer(f"gradient_{name}", torch.zeros((), device=device))
+        if method in FEATURE_LOSSES:
+            self._student_tap = FeatureTap(student, self.settings.student_layer, who="student")
+            self._teacher_tap = FeatureTap(teacher, self.settings.teacher_layer, who="teacher")
+            if method == "ickd":
+                channels = [tap.channels(image_size_hw, device) for tap in (self._student_tap, self._teacher_tap)]
+                self.state.adapter = nn.Conv2d(channels[0], channels[1], 1, bias=False).to(device)
 
     def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown:
         """Return the loss of one batch.
@@ -107,57 +155,169 @@ class Distiller:
         terms = {"ce": cross_entropy(logits, batch.labels_BHW) * fair_share(batch, batch.labels_BHW.shape[1:])}
         if target is None:
             return LossBreakdown(terms["ce"], terms, {"ce": 1.0}, logits)
-        if target.shape != logits.shape:
-            target = F.interpolate(target, size=logits.shape[2:], mode="bilinear", align_corners=False)
-        valid = valid_at(batch.labels_BHW, logits.shape[2:])
-        if self.method in ("kd", "aicsd"):
-            terms["kd"] = pixel_kd_loss(logits, target, temperature=self.temperature, valid=valid)
-        if self.method in ("icsd", "aicsd"):
-            terms["icsd"] = icsd_loss(
-                logits, target, temperature=self.temperature, valid=valid, normalize=self.icsd_normalize
-            )
-        for name in terms.keys() & MEANS_OVER_PIXELS:
-            terms[name] = terms[name] * fair_share(batch, logits.shape[2:])
-        weights, alpha = {"ce": 1.0, "kd": self.lambda_kd, "icsd": self.lambda_icsd}, None
-        if self.method == "aicsd":
-            alpha = alw_alpha(step, total_steps)
-            weights = {"ce": alpha, "icsd": alpha * self.lambda_icsd, "kd": (1 - alpha) * self.lambda_kd}
+        anchor = logits
+        if self.settings.method in FEATURE_LOSSES:
+            anchor = self._student_tap.take()
+            terms |= self._feature_term(anchor)
+        else:
+            terms |= self._logit_terms(logits, target, batch)
+        lambdas = self._lambdas(terms, anchor, step)
+        weights, alpha = self._weights(lambdas, step, total_steps)
         total = torch.stack([terms[name].float() * weights[name] for name in terms]).sum()
-        return LossBreakdown(total, terms, {name: weights[name] for name in terms}, logits, alpha)
+        return LossBreakdown(total, terms, weights, logits, alpha, anchor)
 
     def _teacher_logits(self, images_BCHW: Tensor) -> Tensor:
         assert self.teacher is not None
         self.teacher.eval()  # dropout and batch statistics too: somebody may have called train() on it
         with torch.inference_mode(), self._autocast(images_BCHW):
             logits: Tensor = self.teacher(images_BCHW)
-        return logits.to(
-            torch.float32, copy=True
-        )  # a copy is an ordinary tensor, which a loss may save for its backward
+        return _ordinary(logits)
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         return torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
+    def _feature_term(self, features_BCHW: Tensor) -> dict[str, Tensor]:
+        name, target = self.settings.method, _ordinary(self._teacher_tap.take())
+        features_BCHW = features_BCHW.float()
+        if name == "ickd":
+            features_BCHW = self.state.get_submodule("adapter")(features_BCHW)
+        return {name: FEATURE_LOSSES[name](features_BCHW, target)}
 
-def fair_share(batch: Batch, size_hw: tuple[int, ...]) -> Tensor | float:
+    def _logit_terms(self, student: Tensor, teacher: Tensor, batch: Batch) -> dict[str, Tensor]:
+        settings, labels_BHW = self.settings, batch.labels_BHW
+        size = labels_BHW.shape[1:] if settings.distill_size == "full" else student.shape[2:]
+        student, teacher = _resized(student, size), _resized(teacher, size)
+        labels = labels_at(labels_BHW, (size[0], size[1]))
+        valid = labels != IGNORE_LABEL if settings.mask_ignored else torch.ones_like(labels, dtype=torch.bool)
+        if settings.teacher_errors == "mask":
+            valid = valid & (teacher.argmax(dim=1) == labels)
+        if settings.teacher_confidence > 0:
+            valid = valid & (torch.softmax(teacher.float(), dim=1).amax(dim=1) >= settings.teacher_confidence)
+        present = classes_present(teacher, labels) if settings.icsd_classes == "present" else None
+        if self._known is not None:
+            known = self._known = self._known.to(labels.device)
+            valid = valid & (torch.isin(labels, known) | (labels == IGNORE_LABEL))
+            student, teacher = student[:, known], teacher[:, known]
+            present = None if present is None else present[:, known]
+        terms = {}
+        for name in self.names:
+            options = {"temperature": settings.temperature or OWN_TEMPERATURE.get(name, 1.0), "valid": valid}
+            if name == "icsd":
+                options |= {
+                    "normalize": settings.icsd_normalize,
+                    "symmetric": settings.icsd_direction == "symmetric",
+                    "classes": present,
+                }
+            terms[name] = LOGIT_LOSSES[name](student, teacher, **options)
+            if name in MEANS_OVER_PIXELS and settings.mask_ignored:
+                terms[name] = terms[name] * fair_share(batch, size)
+        return terms
+
+    def _lambdas(self, terms: dict[str, Tensor], anchor: Tensor, step: int) -> dict[str, float]:
+        """Return each teacher term's λ: as set, or such that its gradient is `balance` times that of cross-entropy."""
+        settings = self.settings
+        if settings.balance is None:
+            fixed = {"kd": settings.lambda_kd, "icsd": settings.lambda_icsd}
+            own = settings.lambda_rival
+            return {n: fixed[n] if n in fixed else OWN_LAMBDA[n] if own is None else own for n in self.names}
+        sums = dict(self.state.named_buffers())
+        if step < BALANCE_STEPS:
+            for name, term in terms.items():
+                norm = _gradient_norm(term, anchor)
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    torch.distributed.all_reduce(norm)  # the same weights in every process
+                sums[f"gradient_{name}"] += norm
+            self._balanced = None
+        if self._balanced is None:
+            ce = sums["gradient_ce"].item()
+            self._balanced = {
+                n: settings.balance * ce / max(sums[f"gradient_{n}"].item(), 1e-6 * ce, 1e-30) for n in self.names
+            }
+        return self._balanced
+
+    def _weights(self, lambdas: dict[str, float], step: int, total_steps: int) -> tuple[dict[str, float], float | None]:
+        """Return what each term is multiplied with, and α."""
+        settings = self.settings
+        weights = {"ce": 1.0, **lambdas}
+        if "icsd" in weights:
+            weights["icsd"] *= warmup_share(step, total_steps, settings.icsd_warmup)
+        shape = ("linear" if settings.method == "aicsd" else "off") if settings.alw == "auto" else settings.alw
+        if shape == "off":
+            return weights, None
+        alpha = alw_alpha(
+            step,
+            total_steps,
+            shape=shape,
+            start=settings.alw_start,
+            end=settings.alw_end,
+            steps_per_epoch=-(-total_steps // self._epochs) if settings.alw_per == "epoch" else None,
+        )
+        alone = self.names == ("icsd",)
+        for name in weights:
+            with_labels = name == "ce" or (name == "icsd" and not alone and settings.alw_routing != "all-fade")
+            if not with_labels:
+                weights[name] *= 1 - alpha
+            elif settings.alw_routing != "kd-fades":
+                weights[name] *= alpha
+        return weights, alpha
+
+
+def cross_entropy(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the labelled pixels, at the size of the labels; 0 where none is labelled."""
+    full_BCHW = F.interpolate(logits_BCHW.float(), size=labels_BHW.shape[1:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(full_BCHW, labels_BHW, ignore_index=IGNORE_LABEL, reduction="sum")
+    return total / (labels_BHW != IGNORE_LABEL).sum().clamp(min=1)
+
+
+def fair_share(batch: Batch, size_hw: Sequence[int]) -> Tensor | float:
     """Return what to multiply a mean over this batch's labelled pixels with, so that all parts of a step average to its mean.
 
     A step may be cut into parts, one after the other and over processes, that have different numbers of labelled pixels.
 
     Args:
         batch: a part, or all of what this process sees in the step.
-        size_hw: the size at which the pixels are counted, as by `valid_at`.
+        size_hw: the size at which the pixels are counted, as by `labels_at`.
     """
     processes = world_size()
     if batch.step_labels_BHW is None and processes == 1:
         return 1.0
     step_labels = batch.labels_BHW if batch.step_labels_BHW is None else batch.step_labels_BHW
-    here = valid_at(batch.labels_BHW, size_hw).sum()
-    everywhere = sum_over_processes(valid_at(step_labels, size_hw).sum())
+    here = _labelled_pixels(batch.labels_BHW, size_hw)
+    everywhere = sum_over_processes(_labelled_pixels(step_labels, size_hw))
     parts = processes * step_labels.shape[0] / batch.labels_BHW.shape[0]
     return here * parts / everywhere.clamp(min=1)
 
 
-def valid_at(labels_BHW: Tensor, size_hw: tuple[int, ...]) -> Tensor:
-    """Return which positions of a map of `size_hw` are labelled, bool (B, h, w), by the nearest pixel."""
-    labelled = (labels_BHW != IGNORE_LABEL).unsqueeze(1).float()
-    return F.interpolate(labelled, size=size_hw, mode="nearest-exact").squeeze(1) > 0.5
+def _labelled_pixels(labels_BHW: Tensor, size_hw: Sequence[int]) -> Tensor:
+    return (labels_at(labels_BHW, (size_hw[0], size_hw[1])) != IGNORE_LABEL).sum()
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Return a float32 copy, which a loss may save for its backward as it may not what inference mode made."""
+    return tensor.to(torch.float32, copy=True)
+
+
+def labels_at(labels_BHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Return the labels at another size, int64 (B, h, w), each that of the nearest pixel."""
+    return F.interpolate(labels_BHW.unsqueeze(1).float(), size=size_hw, mode="nearest-exact").squeeze(1).long()
+
+
+def classes_present(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
+    """Return which classes the logits or the labels of each image have anywhere, bool (B, C)."""
+    batch, classes = logits_BCHW.shape[:2]
+    found = torch.zeros(batch, classes + 1, dtype=torch.bool, device=logits_BCHW.device)
+    for labels in (logits_BCHW.argmax(dim=1), labels_BHW.clamp(max=classes)):  # the last column takes the ignored ones
+        found.scatter_(1, labels.flatten(1), True)
+    return found[:, :classes]
+
+
+def _resized(logits_BCHW: Tensor, size: Sequence[int]) -> Tensor:
+    if logits_BCHW.shape[2:] == tuple(size):
+        return logits_BCHW
+    return F.interpolate(logits_BCHW.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _gradient_norm(term: Tensor, anchor: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(term * GRADIENT_SCALE, anchor, retain_graph=True)
+    norm: Tensor = gradient.float().norm() / GRADIENT_SCALE
+    return norm

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from aicsd_deploy.console import progress
@@ -9,28 +12,41 @@ from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.metrics import ConfusionMatrix
-from aicsd_deploy.runtime.base import Backend
+from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
+
+Segmenter = Callable[[UInt8Array], UInt8Array]
 
 
 def evaluate(
-    backend: Backend, dataset: SegmentationDataset, *, title: str = "scoring", share: tuple[int, int] = (0, 1)
+    backend: Backend,
+    dataset: SegmentationDataset,
+    *,
+    title: str = "scoring",
+    segmenter: Segmenter | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> ConfusionMatrix:
-    """Segment every image as the backend would in use (`segment`) and count the pixels.
+    """Segment every image and count the pixels.
 
     Args:
+        backend: the network.
+        dataset: the images.
+        title: what the progress bar says.
+        segmenter: from a frame (uint8 (H, W, 3), blue, green, red) to labels (uint8 (H, W)); None does what the backend would
+            do in use (`segment`).
         share: (k, n) takes images k, k + n, k + 2n, … only, so that n processes share the work.
 
     Raises:
         InputError: the artefact and the data set have other classes, so that a score would mean nothing.
     """
     check_same_classes(backend.metadata.classes, dataset.classes, spec=dataset.spec)
+    segmenter = partial(segment, backend) if segmenter is None else segmenter
     matrix = ConfusionMatrix(len(dataset.classes))
     indices = range(share[0], len(dataset), share[1])
     with progress(title, len(indices)) as advance:
         for index in indices:
             image_rgb, labels = dataset.load(index)
-            matrix.add(segment(backend, np.ascontiguousarray(image_rgb[..., ::-1])), labels)
+            matrix.add(segmenter(np.ascontiguousarray(image_rgb[..., ::-1])), labels)
             advance()
     return matrix
 

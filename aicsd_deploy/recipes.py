@@ -10,22 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint
-from aicsd_deploy.config import DistillConfig, TrainConfig
+from aicsd_deploy.checkpoint import load_checkpoint
+from aicsd_deploy.config import DistillConfig, Method, TrainConfig
 from aicsd_deploy.console import percent, say, table
-from aicsd_deploy.data.check import check_dataset
+from aicsd_deploy.data.check import check_dataset, check_splits
 from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.data.transforms import derived_seed
 from aicsd_deploy.distiller import Distiller
 from aicsd_deploy.errors import InputError, first_line
-from aicsd_deploy.evaluate import check_same_classes, evaluate
+from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.export.deploy_module import Normalize
-from aicsd_deploy.files import sha256, write_json
+from aicsd_deploy.files import write_json
 from aicsd_deploy.metadata import Metadata, provenance
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runs import newest_checkpoint
 from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device
+from aicsd_deploy.teachers import Teacher, open_teacher
 from aicsd_deploy.tracking import draw_overlays, plot_confusion, plot_curves
 from aicsd_deploy.trainer import Trainer
 from aicsd_deploy.training import distributed
@@ -55,28 +56,32 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     distributed.start(choose_device(config.device))
     out = distributed.from_main(out)
     own = out / "teacher"
-    path = distributed.from_main(config.teacher or _teacher_of(out, own, config.data))
-    if path is None:
-        path = own / BEST
+    name, from_artifact = distributed.from_main(
+        (config.teacher, False) if config.teacher else _teacher_of(out, own, config.data)
+    )
+    if name is None:
+        name = str(own / BEST)
         say(f"There is no teacher for {config.data} yet; training one first into {own}.")
         shared = {
             k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT
         }
         train_teacher(TrainConfig(**shared), own, resume=True)
-    teacher = load_checkpoint(path)
-    say(f"teacher: {path} ({teacher.metadata.model})")
-    check_same_classes(teacher.metadata.classes, open_dataset(config.data, "val").classes, spec=config.data)
-    return _train(config, out, role="student", method=config.method, teacher=(path, teacher), resume=resume)
+    classes = open_dataset(config.data, "val").classes
+    teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
+    say(f"teacher: {name} ({teacher.metadata.model})")
+    return _train(config, out, role="student", method=config.method, teacher=teacher, resume=resume)
 
 
-def _teacher_of(out: Path, own: Path, data: str) -> Path | None:
-    """Return the teacher that a run began with; of a new run, the newest for its data; None where one is to be trained."""
+def _teacher_of(out: Path, own: Path, data: str) -> tuple[str | None, bool]:
+    """Return the teacher that a run began with and True; of a new run, the newest for its data, or None where one is to be
+    trained, and False."""
     state = LastCheckpoints(out, keep=1).load() if distributed.is_main() else None
     if state is not None:
-        return Path(state.metadata.provenance.get("teacher", own / BEST))
+        return state.metadata.provenance.get("teacher", str(own / BEST)), True
     if own.is_dir():  # of an earlier call that was killed: go on with it
-        return None
-    return newest_checkpoint(role="teacher", data=data)
+        return None, False
+    newest = newest_checkpoint(role="teacher", data=data)
+    return None if newest is None else str(newest), False
 
 
 @lru_cache(maxsize=1)  # the trainings of one process (teacher, student) share what is loaded
@@ -93,6 +98,7 @@ def open_checked(spec: str, cache_gib: float) -> tuple[SegmentationDataset, Segm
         room_bytes -= dataset.kept_bytes
         say(f"{spec} ({split}): {dataset.kept_images} of {len(dataset)} images kept in memory")
         opened.append(dataset)
+    check_splits(opened[0], opened[1])
     return opened[0], opened[1]
 
 
@@ -101,8 +107,8 @@ def _train(
     out: Path,
     *,
     role: Literal["teacher", "student"],
-    method: Literal["none", "kd", "icsd", "aicsd"],
-    teacher: tuple[Path, Checkpoint] | None,
+    method: Method,
+    teacher: Teacher | None,
     resume: bool,
 ) -> dict[str, Any]:
     """Train one network into `out`: best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, confusion.png, overlays.png
@@ -129,7 +135,7 @@ def _train(
         provenance=provenance() | {"torch": torch.__version__},
     )
     if teacher is not None:
-        origin = {"teacher": str(teacher[0]), "teacher_sha256": sha256(teacher[0])}
+        origin = {"teacher": teacher.name, "teacher_sha256": teacher.digest}
         metadata = metadata.replace(provenance=metadata.provenance | origin)
     network.to(device)
     _try(network, metadata, device)
@@ -142,21 +148,23 @@ def _train(
     teacher_network, teacher_miou = None, None
     with StopRequest() as stop:
         if teacher is not None:
-            teacher_network, teacher_miou = _ready_teacher(teacher[1], val_data, metadata, device)
+            teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, device)
             lowered(teacher_network, autocast)
             if config.compile:
                 teacher_network.compile()
         distiller = Distiller(
-            student=nn.Sequential(Normalize(metadata), network).to(device),
-            teacher=teacher_network,
-            method=method,
+            nn.Sequential(Normalize(metadata), network).to(device),
+            teacher_network,
+            config if isinstance(config, DistillConfig) else None,
+            epochs=config.epochs,
+            image_size_hw=metadata.image_size_hw,
+            known_classes=None if teacher is None else teacher.known_classes,
             autocast=autocast,
-            **_weights(config),
         )
         Trainer(network, distiller, config, metadata, train_data, val_data, out, device, identity, stop).fit()
         summary = None
         if distributed.is_main():
-            scored = None if teacher is None else (teacher[0], teacher_miou)
+            scored = None if teacher is None else (teacher.name, teacher_miou)
             summary = _sum_up(config, out, val_data, device, started=started, teacher=scored)
     return distributed.from_main(summary) or {}
 
@@ -177,10 +185,10 @@ def _try(network: nn.Module, metadata: Metadata, device: torch.device) -> None:
 
 
 def _ready_teacher(
-    teacher: Checkpoint, val_data: SegmentationDataset, student: Metadata, device: torch.device
+    teacher: Teacher, val_data: SegmentationDataset, student: Metadata, device: torch.device
 ) -> tuple[nn.Module, float]:
     """Return the teacher, frozen and with its own normalisation, and its mIoU at the student's image size."""
-    network = teacher.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = teacher.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
     backend = TorchBackend(network, metadata, device=device)
     miou = evaluate_together(backend, val_data, title="scoring the teacher").scores(metadata.class_names).miou
@@ -188,19 +196,11 @@ def _ready_teacher(
     return nn.Sequential(Normalize(teacher.metadata), network).to(device).eval(), miou
 
 
-def _weights(config: TrainConfig) -> dict[str, Any]:
-    if not isinstance(config, DistillConfig):
-        return {}
-    return {k: getattr(config, k) for k in ("lambda_icsd", "lambda_kd", "temperature", "icsd_normalize")}
-
-
-def _image_size(
-    config: TrainConfig, teacher: tuple[Path, Checkpoint] | None, data: SegmentationDataset
-) -> tuple[int, int]:
+def _image_size(config: TrainConfig, teacher: Teacher | None, data: SegmentationDataset) -> tuple[int, int]:
     if config.image_size is not None:
         return config.image_size
-    if teacher is not None:
-        return teacher[1].metadata.image_size_hw
+    if teacher is not None and min(teacher.metadata.image_size_hw) > 0:
+        return teacher.metadata.image_size_hw
     height, width, _ = data.load(0)[0].shape
     return height, width
 
@@ -212,7 +212,7 @@ def _sum_up(
     device: torch.device,
     *,
     started: float,
-    teacher: tuple[Path, float | None] | None,
+    teacher: tuple[str, float | None] | None,
 ) -> dict[str, Any]:
     """Score best.pt once more from its file, draw the pictures, and write summary.json last of all."""
     checkpoint = load_checkpoint(out / BEST)
@@ -233,7 +233,7 @@ def _sum_up(
         "image_size_hw": list(checkpoint.metadata.image_size_hw),
         "parameters": sum(p.numel() for p in network.parameters()),
         "best_epoch": int(checkpoint.metadata.scores["epoch"]),
-        "teacher": None if teacher is None else {"path": str(teacher[0]), "miou": teacher[1]},
+        "teacher": None if teacher is None else {"path": teacher[0], "miou": teacher[1]},
         "seconds": round(time.monotonic() - started, 1),
         "config": config.model_dump(mode="json"),
         "provenance": checkpoint.metadata.provenance,

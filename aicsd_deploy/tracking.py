@@ -88,7 +88,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def plot_curves(folder: Path) -> Path:
     """Draw loss terms, gradient norms, α and validation mIoU over the steps into curves.png."""
-    plt = _pyplot()
+    plt = pyplot()
     lines = read_log(folder)
     steps = [line for line in lines if "terms" in line]
     scored = [line for line in lines if "val" in line]
@@ -115,12 +115,12 @@ def plot_curves(folder: Path) -> Path:
         )
     axes[2].set(title="validation", xlabel="step", ylim=(0, 100))
     axes[2].legend()
-    return _save(figure, folder / "curves.png")
+    return save_figure(figure, folder / "curves.png")
 
 
 def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...], path: Path) -> Path:
     """Draw a confusion matrix, each row as shares of its true class."""
-    plt = _pyplot()
+    plt = pyplot()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.42 * len(classes)
     figure, axis = plt.subplots(figsize=(side + 0.6, side), constrained_layout=True)
@@ -136,7 +136,7 @@ def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...],
                 axis.text(
                     column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color
                 )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *, count: int = 6) -> Path:
@@ -154,7 +154,8 @@ def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *,
     return path
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Return matplotlib.pyplot, drawing into files only."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -163,8 +164,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure atomically and close it."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return path

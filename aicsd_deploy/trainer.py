@@ -165,7 +165,14 @@ class Trainer:
         config = self.config
         return training_batches(
             self.train_data,
-            Augmentation(self.metadata.image_size_hw, config.scale, config.flip, config.color_jitter),
+            Augmentation(
+                self.metadata.image_size_hw,
+                config.scale,
+                config.flip,
+                config.color_jitter,
+                config.crop_size,
+                config.keep_aspect,
+            ),
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=start,

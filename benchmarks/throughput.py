@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aicsd_deploy.bench.environment import environment
 from aicsd_deploy.cli import Parser, add_json_flag, device_name, positive_int, run, size_hw, write_result
-from aicsd_deploy.config import DistillConfig
+from aicsd_deploy.config import DistillConfig, MethodConfig
 from aicsd_deploy.console import say, table
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, cross_entropy
@@ -79,7 +79,8 @@ class Ours:
     ) -> None:
         dtype = autocast_dtype(config.precision, device)
         frozen = None if teacher is None else lowered(teacher.eval(), dtype)
-        loss = Distiller(student.train(), frozen, "none" if teacher is None else "aicsd", autocast=dtype)
+        method = MethodConfig(method="none" if teacher is None else "aicsd")
+        loss = Distiller(student.train(), frozen, method, autocast=dtype)
         if config.compile:
             for module in (student, frozen):
                 if module is not None:

@@ -45,6 +45,23 @@ def tiny(num_classes):
 """
 """Your own network, as a user would write it: it learns the blocks of `write_folder_dataset` in seconds."""
 
+NETWORK_WITH_BACKBONE = """
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 16, 5, stride=4, padding=2), nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(16, num_classes, 1))
+
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+def small(num_classes):
+    return Small(num_classes)
+"""
+"""The same with a part that is named as a backbone, for methods that compare features."""
+
 
 def write_folder_dataset(root: Path, *, train: int = 12, val: int = 4, size_hw: tuple[int, int] = SIZE_HW) -> Path:
     """Write a `folder:` data set of blocks in three colours: a network learns it in a few steps."""
@@ -78,7 +95,7 @@ def call_script(script: str, *arguments: object, cwd: Path, timeout: float = 0) 
     path, out, err, code = str(REPO / script), io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
-        patch.setenv("AICSD_TRUST", "tiny_network:tiny")
+        patch.setenv("AICSD_TRUST", "tiny_network:tiny,small_network:small")
         patch.syspath_prepend(str(cwd))
         patch.setattr(sys, "argv", [path, *map(str, arguments)])
         sys.modules.pop("tiny_network", None)

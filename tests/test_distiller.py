@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from aicsd_deploy.cli import Parser
+from aicsd_deploy.config import DistillConfig, MethodConfig, add_config_flags, read_config
 from aicsd_deploy.data.loader import Batch
-from aicsd_deploy.distiller import Distiller, cross_entropy, valid_at
+from aicsd_deploy.distiller import BALANCE_STEPS, Distiller, classes_present, cross_entropy, labels_at
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.losses.icsd import icsd_loss
 from aicsd_deploy.losses.pixel_kd import pixel_kd_loss
 
@@ -18,13 +24,17 @@ class Network(nn.Module):
     def __init__(self, seed: int, stride: int = 4) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, stride, stride), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, 3, 1)
-        )
+        width = 8 if stride == 4 else 12
+        self.backbone = nn.Sequential(nn.Conv2d(3, width, stride, stride), nn.BatchNorm2d(width))
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(width, 3, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.layers(images.float() / 255)
+        logits: torch.Tensor = self.head(self.backbone(images.float() / 255))
         return logits
+
+
+def distiller(student: nn.Module, teacher: nn.Module | None, method: str, **settings: Any) -> Distiller:
+    return Distiller(student, teacher, MethodConfig(method=method, **settings), image_size_hw=(16, 16))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -37,11 +47,12 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize(
     ("method", "terms"),
-    [("none", {"ce"}), ("kd", {"ce", "kd"}), ("icsd", {"ce", "icsd"}), ("aicsd", {"ce", "kd", "icsd"})],
+    [("none", {"ce"}), ("aicsd", {"ce", "kd", "icsd"})]
+    + [(name, {"ce", name}) for name in ("kd", "icsd", "cwd", "dist", "at", "sp", "ickd")],
 )
 def test_each_method_has_its_terms(method: str, terms: set[str], batch: Batch) -> None:
     teacher = None if method == "none" else Network(1)
-    breakdown = Distiller(Network(0), teacher, method)(batch, step=1, total_steps=3)  # type: ignore[arg-type]
+    breakdown = distiller(Network(0), teacher, method)(batch, step=1, total_steps=3)
     assert set(breakdown.terms) == set(breakdown.weights) == terms
     expected = sum(breakdown.terms[k].item() * breakdown.weights[k] for k in terms)
     assert breakdown.total.item() == pytest.approx(expected, rel=1e-5)
@@ -50,8 +61,8 @@ def test_each_method_has_its_terms(method: str, terms: set[str], batch: Batch) -
 @pytest.mark.parametrize(("step", "alpha"), [(0, 0.0), (1, 0.25), (4, 1.0)])
 def test_aicsd_is_equation_6(step: int, alpha: float, batch: Batch) -> None:
     student, teacher = Network(0).eval(), Network(1).eval()
-    distiller = Distiller(student, teacher, "aicsd", lambda_icsd=7.0, lambda_kd=3.0, temperature=2.0)
-    breakdown = distiller(batch, step=step, total_steps=5)
+    loss = distiller(student, teacher, "aicsd", lambda_icsd=7.0, lambda_kd=3.0, temperature=2.0)
+    breakdown = loss(batch, step=step, total_steps=5)
     s, t = student(batch.images_BCHW), teacher(batch.images_BCHW)
     valid = torch.ones(2, 4, 4, dtype=torch.bool)
     valid[:, 0] = False
@@ -64,10 +75,10 @@ def test_aicsd_is_equation_6(step: int, alpha: float, batch: Batch) -> None:
 
 def test_the_teacher_stays_in_eval_mode_and_without_gradient(batch: Batch) -> None:
     student, teacher = Network(0), Network(1)
-    distiller = Distiller(student, teacher, "aicsd")
+    loss = distiller(student, teacher, "aicsd")
     teacher.train()  # as a careless caller would
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    distiller(batch, step=1, total_steps=3).total.backward()
+    loss(batch, step=1, total_steps=3).total.backward()
     assert not teacher.training
     assert not any(m.training for m in teacher.modules())
     assert all(p.grad is None for p in teacher.parameters())
@@ -77,7 +88,7 @@ def test_the_teacher_stays_in_eval_mode_and_without_gradient(batch: Batch) -> No
 
 
 def test_a_teacher_of_another_stride_is_brought_to_the_students_size(batch: Batch) -> None:
-    breakdown = Distiller(Network(0, stride=4), Network(1, stride=2), "aicsd")(batch, step=1, total_steps=3)
+    breakdown = distiller(Network(0, stride=4), Network(1, stride=2), "aicsd")(batch, step=1, total_steps=3)
     assert breakdown.logits_BCHW.shape[2:] == (4, 4)
     assert breakdown.terms["kd"] > 0
 
@@ -85,28 +96,132 @@ def test_a_teacher_of_another_stride_is_brought_to_the_students_size(batch: Batc
 def test_ignored_pixels_count_in_no_term(batch: Batch) -> None:
     student, teacher = Network(0).eval(), Network(1).eval()
     nothing = Batch(batch.images_BCHW, torch.full_like(batch.labels_BHW, 255))
-    breakdown = Distiller(student, teacher, "aicsd")(nothing, step=1, total_steps=3)
+    breakdown = distiller(student, teacher, "aicsd")(nothing, step=1, total_steps=3)
     assert all(term == 0 for term in breakdown.terms.values())
     breakdown.total.backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in student.parameters())
 
 
 def test_gradient_norms_are_those_of_the_weighted_terms(batch: Batch) -> None:
-    breakdown = Distiller(Network(0), Network(1), "kd", lambda_kd=5.0)(batch, step=1, total_steps=3)
+    breakdown = distiller(Network(0), Network(1), "kd", lambda_kd=5.0)(batch, step=1, total_steps=3)
     norms = breakdown.gradient_norms()
     (expected,) = torch.autograd.grad(5.0 * breakdown.terms["kd"], breakdown.logits_BCHW, retain_graph=True)
     assert norms["kd"] == pytest.approx(expected.norm().item(), rel=1e-5)
     assert norms["ce"] > 0
 
 
-def test_valid_at_takes_the_nearest_pixel() -> None:
-    labels = torch.zeros(1, 8, 8, dtype=torch.long)
-    labels[0, :, 4:] = 255
-    assert valid_at(labels, (2, 2)).tolist() == [[[True, False], [True, False]]]
+def test_labels_at_takes_the_nearest_pixel() -> None:
+    labels = torch.arange(64).view(1, 8, 8)
+    assert labels_at(labels, (2, 2)).tolist() == [[[18, 22], [50, 54]]]
 
 
 def test_a_method_and_its_teacher_go_together() -> None:
     with pytest.raises(ValueError, match="needs a teacher"):
-        Distiller(Network(0), None, "aicsd")
+        distiller(Network(0), None, "aicsd")
     with pytest.raises(ValueError, match="takes no teacher"):
-        Distiller(Network(0), Network(1), "none")
+        distiller(Network(0), Network(1), "none")
+
+
+def test_features_of_networks_of_other_strides_are_compared_at_the_backbone(batch: Batch) -> None:
+    for method in ("at", "sp", "ickd"):
+        student, teacher = Network(0, stride=4), Network(1, stride=2)
+        loss = distiller(student, teacher, method)
+        assert student.training, "looking at the features leaves the network as it was"
+        breakdown = loss(batch, step=0, total_steps=2)
+        breakdown.total.backward()
+        assert breakdown.anchor is not None
+        assert breakdown.anchor.shape == (2, 8, 4, 4)
+        adapters = dict(loss.state.named_parameters())
+        assert set(adapters) == ({"adapter.weight"} if method == "ickd" else set())
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapters.values())
+
+
+def test_a_layer_is_found_by_name_and_a_wrong_name_is_said() -> None:
+    loss = distiller(Network(0), Network(1), "sp", student_layer="backbone.0", teacher_layer="head.1")
+    assert loss.names == ("sp",)
+    with pytest.raises(InputError, match=r"no layer 'neck'.*Its outer parts: backbone.*head"):
+        distiller(Network(0), Network(1), "sp", student_layer="neck")
+
+
+@pytest.mark.parametrize("method", ["aicsd", "ickd"])
+def test_balance_gives_each_term_the_wanted_share_of_the_gradient(method: str, batch: Batch) -> None:
+    student, teacher = Network(0), Network(1)
+    loss = distiller(student, teacher, method, balance=0.5, alw="off")
+    for step in range(BALANCE_STEPS):
+        first = loss(batch, step=step, total_steps=100)
+        if step == 0:
+            norms = first.gradient_norms()
+            assert all(norms[n] == pytest.approx(0.5 * norms["ce"], rel=1e-4) for n in loss.names)
+    later = loss(batch, step=BALANCE_STEPS, total_steps=100)
+    resumed = distiller(student, teacher, method, balance=0.5, alw="off")
+    resumed.state.load_state_dict(loss.state.state_dict())
+    assert later.weights == resumed(batch, step=BALANCE_STEPS, total_steps=100).weights
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "ce", "term"),
+    [
+        ("cwd", {"alw": "linear"}, 0.25, 0.75 * 3),
+        ("icsd", {"alw": "linear"}, 0.25, 0.75 * 100),
+        ("aicsd", {}, 0.25, 0.25 * 100),
+        ("aicsd", {"alw_routing": "all-fade"}, 0.25, 0.75 * 100),
+        ("aicsd", {"alw_routing": "kd-fades"}, 1, 100),
+        ("aicsd", {"alw": "off"}, 1, 100),
+        ("aicsd", {"alw": "quadratic"}, 0.0625, 6.25),
+        ("aicsd", {"alw_start": 0.5}, 0.625, 62.5),
+        ("aicsd", {"alw": "off", "icsd_warmup": 1.0}, 1, 40),
+        ("aicsd", {"alw_per": "epoch"}, 0, 0),
+    ],
+)
+def test_alw_for_any_method(method: str, settings: dict[str, Any], ce: float, term: float, batch: Batch) -> None:
+    loss = Distiller(Network(0), Network(1), MethodConfig(method=method, **settings), epochs=2)  # type: ignore[arg-type]
+    weights = loss(batch, step=1, total_steps=5).weights
+    assert weights["ce"] == pytest.approx(ce)
+    assert weights[loss.names[-1]] == pytest.approx(term)
+
+
+def test_options_choose_which_pixels_and_classes_count(batch: Batch) -> None:
+    student, teacher = Network(0).eval(), Network(1).eval()
+    s, t = student(batch.images_BCHW), teacher(batch.images_BCHW)
+    small = labels_at(batch.labels_BHW, (4, 4))
+    labelled = small != 255
+
+    def kd(**settings: Any) -> torch.Tensor:
+        return distiller(student, teacher, "kd", **settings)(batch, step=0, total_steps=1).terms["kd"]
+
+    torch.testing.assert_close(kd(mask_ignored=False), pixel_kd_loss(s, t))
+    torch.testing.assert_close(kd(teacher_errors="mask"), pixel_kd_loss(s, t, valid=t.argmax(1) == small))
+    sure = t.softmax(1).amax(1) >= 0.45
+    assert 0 < (sure & labelled).sum() < labelled.sum()
+    torch.testing.assert_close(kd(teacher_confidence=0.45), pixel_kd_loss(s, t, valid=sure & labelled))
+    full = [torch.nn.functional.interpolate(z, size=(16, 16), mode="bilinear") for z in (s, t)]
+    torch.testing.assert_close(kd(distill_size="full"), pixel_kd_loss(*full, valid=batch.labels_BHW != 255))
+    ics = distiller(student, teacher, "icsd", icsd_classes="present", icsd_direction="symmetric", icsd_normalize="none")
+    present = classes_present(t, small)
+    expected = icsd_loss(s, t, valid=labelled, normalize="none", symmetric=True, classes=present)
+    torch.testing.assert_close(ics(batch, step=0, total_steps=1).terms["icsd"], expected)
+
+
+def test_classes_present_are_those_of_the_labels_and_of_the_logits() -> None:
+    logits = torch.zeros(2, 4, 2, 2)
+    logits[0, 2], logits[1, 0] = 1, 1
+    labels = torch.tensor([[[255, 255], [255, 1]], [[255, 255], [255, 255]]])
+    assert classes_present(logits, labels).tolist() == [[False, True, True, False], [True, False, False, False]]
+
+
+def test_classes_that_the_teacher_does_not_know_are_left_out(batch: Batch) -> None:
+    student, teacher = Network(0).eval(), Network(1).eval()
+    loss = Distiller(student, teacher, MethodConfig(method="kd"), known_classes=[0, 2])
+    s, t = (network(batch.images_BCHW)[:, [0, 2]] for network in (student, teacher))
+    small = labels_at(batch.labels_BHW, (4, 4))
+    expected = pixel_kd_loss(s, t, valid=(small == 0) | (small == 2))
+    torch.testing.assert_close(loss(batch, step=0, total_steps=1).terms["kd"], expected)
+
+
+def test_alw_as_a_flag_alone_and_as_yaml_reads_it(tmp_path: Path) -> None:
+    parser = Parser("x")
+    add_config_flags(parser, DistillConfig)
+    assert read_config(DistillConfig, parser.parse_args(["--method", "cwd", "--alw"])).alw == "linear"
+    assert read_config(DistillConfig, parser.parse_args(["--alw", "cosine"])).alw == "cosine"
+    (tmp_path / "c.yaml").write_text("alw: off\n")
+    assert read_config(DistillConfig, parser.parse_args(["--config", str(tmp_path / "c.yaml")])).alw == "off"

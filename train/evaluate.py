@@ -1,19 +1,54 @@
 """Score an artefact (.pt, .onnx) on a data set: mIoU, IoU of each class, pixel accuracy, mean class accuracy.
 
-python train/evaluate.py student.onnx --data camvid:/data/CamVid --split val --json scores.json
+    python train/evaluate.py student.onnx --data camvid:/data/CamVid --split val --json scores.json
+    python train/evaluate.py teacher.pt --data cityscapes:/data/Cityscapes --native --window 768x768 --scales 0.75,1,1.25 --flip
+
+Scores are at the size of the labels, from one confusion matrix over all images. Without the flags of the protocol the artefact
+is scored as it is deployed: frames resized to its size, labels resized back.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, device_name, positive_int, run, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, device_name, positive_int, run, size_hw, write_result
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
-from aicsd_deploy.evaluate import evaluate
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.evaluate import Segmenter, evaluate
 from aicsd_deploy.runs import newest_artifact
-from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.runtime.base import Backend, open_backend
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """Read "0.75,1,1.25"."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no scales; write numbers with commas, for example 0.75,1,1.25"
+        ) from None
+    if not all(0.1 <= scale <= 4 for scale in found):
+        raise argparse.ArgumentTypeError(f"{text}: scales must be 0.1 to 4")
+    return found
+
+
+def by_protocol(args: argparse.Namespace, backend: Backend) -> Segmenter:
+    """Return what segments frames as the flags of the protocol say."""
+    if args.artifact is None or args.artifact.suffix != ".pt":
+        raise InputError(
+            "--native, --window, --scales and --flip need probabilities and other sizes, which an exported file does not give. "
+            "Name a checkpoint (.pt)."
+        )
+    from aicsd_deploy.checkpoint import load_checkpoint  # needs torch, which scoring an exported file does not
+    from aicsd_deploy.protocol import Protocol, ProtocolSegmenter
+    from aicsd_deploy.runtime.torch_backend import choose_device
+
+    protocol = Protocol(native=args.native, window_hw=args.window, scales=args.scales, flip=args.flip)
+    network = load_checkpoint(args.artifact).build()
+    return ProtocolSegmenter(network, backend.metadata, protocol, device=choose_device(args.device))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,18 +60,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
     parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads for the network")
+    protocol = parser.add_argument_group("protocol of papers (checkpoints only)")
+    protocol.add_argument("--native", action="store_true", help="show images at their own size")
+    protocol.add_argument("--window", type=size_hw, metavar="HxW", help="in overlapping windows of this size, averaged")
+    protocol.add_argument("--scales", type=scales, metavar="A,B,…", default=(1.0,), help="at these scales, averaged")
+    protocol.add_argument("--flip", action="store_true", help="mirrored too, averaged")
     add_json_flag(parser)
     args = parser.parse_args(argv)
     with open_backend(args.artifact or newest_artifact(), device=args.device, threads=args.threads) as backend:
         dataset = open_dataset(args.data or backend.metadata.data, args.split)
         say(f"{backend.name} on {backend.device}, {dataset.spec} ({args.split}), {len(dataset)} images")
-        scores = evaluate(backend, dataset).scores(backend.metadata.class_names)
+        segmenter = None
+        if args.native or args.window or args.flip or args.scales != (1.0,):
+            segmenter = by_protocol(args, backend)
+        scores = evaluate(backend, dataset, segmenter=segmenter).scores(backend.metadata.class_names)
     say(table(["class", "IoU, %"], [[name, percent(iou)] for name, iou in scores.per_class_iou.items()]))
     say(
         f"mIoU {percent(scores.miou)} %, pixel accuracy {percent(scores.pixel_accuracy)} %, "
         f"mean class accuracy {percent(scores.mean_class_accuracy)} % ({scores.images} images)"
     )
-    write_result(scores.to_dict(), args.json)
+    protocol_used = {"native": args.native, "window_hw": args.window, "scales": args.scales, "flip": args.flip}
+    write_result(scores.to_dict() | {"protocol": protocol_used}, args.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from aicsd_deploy.cli import Parser, add_json_flag, run, write_result
 from aicsd_deploy.config import TrainConfig, add_config_flags, read_config
 from aicsd_deploy.console import say
-from aicsd_deploy.data.check import check_dataset, write_overlays
+from aicsd_deploy.data.check import check_dataset, check_splits, write_overlays
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.recipes import train_teacher
 from aicsd_deploy.runs import new_run_folder
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dataset = open_dataset(config.data, split)
             say(check_dataset(dataset).to_text())
             say("\n".join(str(path) for path in write_overlays(dataset, out)))
+        check_splits(open_dataset(config.data, "train"), open_dataset(config.data, "val"))
         return
     summary = train_teacher(config, out, resume=args.resume == "auto")
     write_result(summary, args.json)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aicsd_deploy.console import progress, table
-from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.data.dataset import CachedDataset, FileDataset, SegmentationDataset
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.metadata import IGNORE_LABEL
@@ -86,11 +86,37 @@ def check_dataset(dataset: SegmentationDataset) -> DataReport:
             + "\n".join(problems[:MOST_PROBLEMS_SHOWN])
             + more
         )
+    if all(dataset.is_grey(index) for index in range(len(dataset))):
+        raise InputError(
+            f"Every image of {dataset.spec} ({dataset.split}) has one channel, but networks here take red, green and blue. "
+            "Usually these are masks in the place of images. If they are grey pictures, save them with three equal channels "
+            "(Pillow: Image.open(path).convert('RGB').save(path)), as the frames of a grey camera will be given."
+        )
     if not counts[:, :classes].any():
         raise InputError(
             f"No pixel of {dataset.spec} ({dataset.split}) has a class: all are ignored. Check classes.txt."
         )
     return DataReport(dataset, counts.sum(axis=0), (counts > 0).sum(axis=0), sizes)
+
+
+def check_splits(train: SegmentationDataset, val: SegmentationDataset) -> None:
+    """Raise InputError if an image file is in both splits: a score on images that were trained on says nothing."""
+    ours, theirs = _files(train), _files(val)
+    shared = sorted(name for name in ours.keys() & theirs.keys() if _same_file(ours[name], theirs[name]))
+    if shared:
+        raise InputError(
+            f"{len(shared)} of the {len(theirs)} images of {val.spec} ({val.split}) are in {train.split} too, {shared[0]} for "
+            f"one: its score would be of images that were trained on. Take them out of {train.split}.txt or {val.split}.txt."
+        )
+
+
+def _files(dataset: SegmentationDataset) -> dict[str, Path]:
+    plain = dataset.dataset if isinstance(dataset, CachedDataset) else dataset
+    return {pair.image.name: pair.image for pair in plain.pairs} if isinstance(plain, FileDataset) else {}
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a == b or (a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes())
 
 
 def write_overlays(dataset: SegmentationDataset, folder: Path, *, count: int = 6) -> list[Path]:

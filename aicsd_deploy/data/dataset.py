@@ -14,6 +14,7 @@ from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 
+RGB = tuple[int, int, int]
 LabelledImage = tuple[UInt8Array, UInt8Array]
 """A picture, uint8 (H, W, 3) in red, green, blue, and its labels, uint8 (H, W): class indices, 255 where ignored."""
 
@@ -46,6 +47,10 @@ class SegmentationDataset(ABC):
             InputError: a file is missing, damaged, of another size, or holds a label value that no class has.
         """
 
+    def is_grey(self, index: int) -> bool:
+        """Say whether the picture has one channel only, by the head of its file."""
+        return False
+
 
 @dataclass(frozen=True)
 class FilePair:
@@ -66,6 +71,7 @@ class FileDataset(SegmentationDataset):
         label_values: Mapping[int, int],
         spec: str,
         split: str,
+        colors: Mapping[RGB, int] | None = None,
     ) -> None:
         """Keep the list of files; nothing is read yet.
 
@@ -75,7 +81,9 @@ class FileDataset(SegmentationDataset):
             label_values: value in the mask → class index, or 255 where it is to be ignored.
             spec: see `SegmentationDataset`.
             split: see `SegmentationDataset`.
+            colors: colour → value in the mask, for masks that are colour pictures; None refuses those.
         """
+        self._colors = colors
         self.pairs = list(pairs)
         self.classes = classes
         self.spec = spec
@@ -96,7 +104,7 @@ class FileDataset(SegmentationDataset):
     def load(self, index: int) -> LabelledImage:
         pair = self.pairs[index]
         image = read_image(pair.image)
-        values = read_mask(pair.labels)
+        values = read_mask(pair.labels, colors=self._colors)
         if values.shape != image.shape[:2]:
             raise InputError(
                 f"{pair.labels} is {values.shape[0]}x{values.shape[1]} (HxW) but its image {pair.image.name} is "
@@ -110,6 +118,10 @@ class FileDataset(SegmentationDataset):
                 f"class has (known: {', '.join(map(str, self._known_values))}; 255 is ignored). Correct the mask or the class list."
             )
         return image, self._to_index[values]
+
+    def is_grey(self, index: int) -> bool:
+        with _opened(self.pairs[index].image, "image", head_only=True) as picture:
+            return len(picture.getbands()) == 1 and picture.mode != "P"
 
 
 class CachedDataset(SegmentationDataset):
@@ -132,6 +144,9 @@ class CachedDataset(SegmentationDataset):
     def name(self, index: int) -> str:
         return self.dataset.name(index)
 
+    def is_grey(self, index: int) -> bool:
+        return self.dataset.is_grey(index)
+
     def load(self, index: int) -> LabelledImage:
         pair = self._kept.get(index)
         if pair is None:
@@ -148,19 +163,32 @@ def read_image(path: Path) -> UInt8Array:
     """Read a picture as uint8 (H, W, 3), red, green, blue; grey ones become colour, EXIF rotation is left alone.
 
     Raises:
-        InputError: the file is missing, no picture, or damaged.
+        InputError: the file is missing, no picture, damaged, or has more than 8 bits a channel.
     """
     with _opened(path, "image") as picture:
+        if picture.mode.startswith("I") or picture.mode == "F":
+            raise InputError(
+                f"{path} has one channel of 16 bits or more (mode {picture.mode}), but pictures must have 8 bits a channel. "
+                "Bring it to 0 to 255 first, in the way that your camera's frames will be brought to it."
+            )
         return np.asarray(picture.convert("RGB"))
 
 
-def read_mask(path: Path) -> UInt8Array:
-    """Read an index mask (one channel, or a palette picture whose indices count) as uint8 (H, W).
+def read_mask(path: Path, *, colors: Mapping[RGB, int] | None = None) -> UInt8Array:
+    """Read a mask as uint8 (H, W): an index mask, a palette picture whose indices count, a colour picture, or a file of SBD.
+
+    Args:
+        path: a picture, or a .mat file in the form of SBD's `cls` folder.
+        colors: what a colour of a colour picture stands for; None takes no colour pictures.
 
     Raises:
-        InputError: the file is missing, no picture, damaged, or a colour picture.
+        InputError: the file is missing, no picture, damaged, or of colours that stand for nothing.
     """
+    if path.suffix == ".mat":
+        return _read_sbd(path)
     with _opened(path, "label") as picture:
+        if picture.mode in ("RGB", "RGBA") and colors is not None:
+            return _from_colors(np.asarray(picture.convert("RGB")), colors, path)
         if picture.mode not in ("L", "P", "1", "I", "I;16"):
             raise InputError(
                 f"{path} is a colour picture (mode {picture.mode}), but labels must be index masks: one channel, whose "
@@ -172,10 +200,37 @@ def read_mask(path: Path) -> UInt8Array:
         return values.astype(np.uint8)
 
 
-def _opened(path: Path, what: str) -> Image.Image:
+def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int], path: Path) -> UInt8Array:
+    packed = picture_HWC.astype(np.int64) @ np.array([65536, 256, 1])
+    found, where = np.unique(packed, return_inverse=True)
+    triples = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found]
+    unknown = [color for color in triples if color not in colors]
+    if unknown:
+        raise InputError(
+            f"{path} is a colour picture with {len(unknown)} colours that no class has, {unknown[0]} for one. Add them to "
+            "classes.txt, or, if it was saved as JPEG or resized smoothly, make it anew without: colours between two classes "
+            "mean nothing."
+        )
+    values = np.array([colors[color] for color in triples], dtype=np.uint8)
+    return np.asarray(values[where].reshape(packed.shape))
+
+
+def _read_sbd(path: Path) -> UInt8Array:
+    from scipy.io import loadmat
+
+    if not path.is_file():
+        raise InputError(f"The label file {path} does not exist.")
+    try:
+        return np.asarray(loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item(), dtype=np.uint8)
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise InputError(f"{path} is no label file of SBD (a .mat with GTcls.Segmentation), or is damaged.") from error
+
+
+def _opened(path: Path, what: str, *, head_only: bool = False) -> Image.Image:
     try:
         picture = Image.open(path)
-        picture.load()
+        if not head_only:
+            picture.load()
         return picture
     except FileNotFoundError as error:
         raise InputError(f"The {what} file {path} does not exist.") from error

@@ -1,14 +1,16 @@
 """Your own images and masks, and CamVid, which comes in the same form.
 
 `folder:PATH` holds `{train,val}/images/`, `{train,val}/labels/` and `classes.txt` with lines `index name R G B`; a
-`train.txt` or `val.txt` with file stems, where there is one, says which images belong to the split and in which order.
+`train.txt` or `val.txt` with file stems, where there is one, says which images belong to the split and in which order. With
+such lists, all may lie together in `images/` and `labels/`. Masks hold the indices, or the colours, of `classes.txt`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
-from aicsd_deploy.data.dataset import FileDataset, FilePair
+from aicsd_deploy.data.dataset import RGB, FileDataset, FilePair
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
 from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
@@ -35,9 +37,17 @@ CAMVID_CLASSES = (
 
 def open_folder(root: Path, split: str) -> FileDataset:
     """Open one split of `folder:ROOT`; see the module's text for the layout."""
-    classes, label_values = read_classes(root / "classes.txt")
-    pairs = _pair_up(root / split / "images", root / split / "labels", stems=_read_stems(root / f"{split}.txt"))
-    return FileDataset(pairs, classes=classes, label_values=label_values, spec=f"folder:{root}", split=split)
+    classes, label_values, colors = read_classes(root / "classes.txt")
+    stems = read_stems(root / f"{split}.txt")
+    base = root if stems is not None and not (root / split).is_dir() and (root / "images").is_dir() else root / split
+    return FileDataset(
+        _pair_up(base / "images", base / "labels", stems=stems),
+        classes=classes,
+        label_values=label_values,
+        spec=f"folder:{root}",
+        split=split,
+        colors=colors,
+    )
 
 
 def open_camvid(root: Path, split: str) -> FileDataset:
@@ -55,11 +65,12 @@ def open_camvid(root: Path, split: str) -> FileDataset:
     )
 
 
-def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int]]:
+def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict[RGB, int] | None]:
     """Read classes.txt.
 
     Returns:
-        The classes in the order of their label values, and the table from label value to class index (255: ignored).
+        The classes in the order of their label values, the table from label value to class index (255: ignored), and that
+        from colour to label value; None instead of the last where two lines have the same colour.
 
     Raises:
         InputError: the file is missing or a line is not `index name R G B`.
@@ -85,10 +96,13 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int]]:
     ]
     if len(kept) < 2:
         raise InputError(f"{path} names {len(kept)} classes; segmentation needs at least two.")
-    return tuple(found[value] for value in kept), {v: kept.index(v) if v in kept else IGNORE_LABEL for v in found}
+    colors = {found[value].color_rgb: value for value in found}
+    table = {v: kept.index(v) if v in kept else IGNORE_LABEL for v in found}
+    return tuple(found[value] for value in kept), table, colors if len(colors) == len(found) else None
 
 
-def _read_stems(path: Path) -> list[str] | None:
+def read_stems(path: Path) -> list[str] | None:
+    """Return the file stems that a split list names, one in a line; None where there is no such list."""
     if not path.is_file():
         return None
     return [
@@ -105,6 +119,9 @@ def _pair_up(images: Path, labels: Path, *, stems: list[str] | None) -> list[Fil
     chosen = sorted(image_files) if stems is None else stems
     if not chosen:
         raise InputError(f"The split list beside {images.parent} names no image. Fill it, or remove it to take all.")
+    twice = next((stem for stem, count in Counter(chosen).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"The split list beside {images.parent} names {twice!r} twice. Leave it once.")
     for stem in chosen:
         if stem not in image_files:
             raise InputError(f"{images} has no image {stem!r}, which the split's list names.")

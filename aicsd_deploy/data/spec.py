@@ -1,4 +1,4 @@
-"""Data sets by name: `synthetic`, `synthetic:HxW`, `camvid:PATH`, `folder:PATH`."""
+"""Data sets by name: `synthetic`, `synthetic:HxW`, or `NAME:PATH`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aicsd_deploy.cli import size_hw
+from aicsd_deploy.data.cityscapes import open_cityscapes
 from aicsd_deploy.data.dataset import LabelledImage, SegmentationDataset
 from aicsd_deploy.data.folder import open_camvid, open_folder
 from aicsd_deploy.data.synthetic import CLASSES, render_scene
+from aicsd_deploy.data.voc import open_voc, open_vocaug
 from aicsd_deploy.errors import InputError
 
-_IN_FOLDERS: dict[str, Callable[[Path, str], SegmentationDataset]] = {"camvid": open_camvid, "folder": open_folder}
-SPEC_HELP = "synthetic (or synthetic:HxW), camvid:PATH or folder:PATH"
+_IN_FOLDERS: dict[str, Callable[[Path, str], SegmentationDataset]] = {
+    "camvid": open_camvid,
+    "cityscapes": open_cityscapes,
+    "voc": open_voc,
+    "vocaug": open_vocaug,
+    "folder": open_folder,
+}
+SPEC_HELP = f"synthetic (or synthetic:HxW), {', '.join(f'{name}:PATH' for name in _IN_FOLDERS)}"
 SPLITS = ("train", "val", "test")
 DEFAULT_SIZE_HW = (96, 128)
 """Small enough that two CPU cores train on it in minutes."""
@@ -24,7 +32,7 @@ def open_dataset(spec: str, split: str) -> SegmentationDataset:
 
     Args:
         spec: `synthetic` (procedural street scenes of 96x128, the same on every machine), `synthetic:HxW` (the same scenes at
-            another size), `camvid:PATH` or `folder:PATH`.
+            another size), or `NAME:PATH` for the layouts in `_IN_FOLDERS`.
         split: "train", "val" or "test".
 
     Raises:

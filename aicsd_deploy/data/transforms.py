@@ -25,17 +25,21 @@ class Augmentation:
     """Random scale, crop, flip and photometric change.
 
     Attributes:
-        image_size_hw: size of the crop that training sees.
-        scale: the picture is first made to fit `image_size_hw`, then scaled by a factor drawn from this range
-            (uniform in the logarithm).
+        image_size_hw: size that the network works on.
+        scale: the picture is first brought to `image_size_hw`, then scaled by a factor drawn from this range (uniform in
+            the logarithm).
         flip: mirror half of the pictures.
         color_jitter: strength of the change of brightness, contrast and saturation; 0 leaves the colours.
+        crop_size_hw: size of the crop that training sees; None is `image_size_hw`.
+        keep_aspect: the picture covers `image_size_hw` with its proportions kept, instead of being stretched to it.
     """
 
     image_size_hw: tuple[int, int]
     scale: tuple[float, float] = (0.5, 2.0)
     flip: bool = True
     color_jitter: float = 0.3
+    crop_size_hw: tuple[int, int] | None = None
+    keep_aspect: bool = False
 
     def __call__(self, pair: LabelledImage, *, seed: int) -> tuple[Tensor, Tensor]:
         """Return the picture, uint8 (3, H, W), and its labels, uint8 (H, W); what was padded is 255."""
@@ -43,7 +47,11 @@ class Augmentation:
             torch.manual_seed(seed)
             low, high = (torch.log(torch.tensor(v)) for v in self.scale)
             factor = torch.exp(low + (high - low) * torch.rand(())).item()
-            height, width = (max(1, round(side * factor)) for side in self.image_size_hw)
+            base = self.image_size_hw
+            if self.keep_aspect:
+                cover = max(base[0] / pair[0].shape[0], base[1] / pair[0].shape[1])
+                base = (round(pair[0].shape[0] * cover), round(pair[0].shape[1] * cover))
+            height, width = (max(1, round(side * factor)) for side in base)
             image = tv_tensors.Image(torch.from_numpy(resize_image(pair[0], (height, width)).copy()).permute(2, 0, 1))
             labels = tv_tensors.Mask(torch.from_numpy(resize_labels(pair[1], (height, width)).copy()))
             image, labels = self._random_part()(image, labels)
@@ -52,7 +60,7 @@ class Augmentation:
     def _random_part(self) -> v2.Compose:
         steps: list[v2.Transform] = [
             v2.RandomCrop(
-                self.image_size_hw,
+                self.crop_size_hw or self.image_size_hw,
                 pad_if_needed=True,
                 # Padding is mid-grey: no edge as strong as one to black.
                 fill={tv_tensors.Image: 114, tv_tensors.Mask: IGNORE_LABEL},

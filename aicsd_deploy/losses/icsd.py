@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aicsd_deploy.losses.common import check_map, check_pair, check_valid, spatial_log_softmax
+
 ROW_NORM_EPS = 1e-6
 
 
@@ -29,18 +31,12 @@ def ics_matrix(logits: Tensor, *, temperature: float = 1.0, valid: Tensor | None
     Returns:
         (B, C, C), not negative (but for rounding), zero on the diagonal; float32, or float64 for float64 logits.
     """
-    _check(logits, temperature, valid)
+    check_map(logits)
+    check_valid(valid, logits)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
     with torch.autocast(logits.device.type, enabled=False):
-        z_BCN = logits.to(_precision(logits)).flatten(2) / temperature
-        mask_B1N = None if valid is None else valid.flatten(1).unsqueeze(1)
-        if mask_B1N is not None:
-            # The lowest finite value instead of -inf: an image without valid positions then gives numbers, not NaN.
-            z_BCN = z_BCN.masked_fill(~mask_B1N, torch.finfo(z_BCN.dtype).min)
-        logp_BCN = F.log_softmax(z_BCN, dim=2)
-        p_BCN = logp_BCN.exp()
-        if mask_B1N is not None:
-            p_BCN = p_BCN * mask_B1N
-            logp_BCN = logp_BCN.masked_fill(~mask_B1N, 0.0)
+        logp_BCN, p_BCN = spatial_log_softmax(logits, temperature=temperature, valid=valid)
         # Taking the classes' mean off at each position leaves every difference as it is and makes the numbers smaller.
         logp_BCN = logp_BCN - logp_BCN.mean(dim=1, keepdim=True)
         cross_BCC = p_BCN @ logp_BCN.transpose(1, 2)
@@ -54,6 +50,8 @@ def icsd_loss(
     temperature: float = 1.0,
     valid: Tensor | None = None,
     normalize: Literal["row", "none"] = "row",
+    symmetric: bool = False,
+    classes: Tensor | None = None,
 ) -> Tensor:
     """Return the mean squared difference between the student's and the teacher's inter-class similarity matrices.
 
@@ -64,33 +62,31 @@ def icsd_loss(
         valid: bool (B, H, W), the positions that count; None counts all.
         normalize: "row" gives every row of both matrices length 1 first, which bounds the loss by 2/C and lets its
             weight carry over between image sizes; "none" compares the raw divergences.
+        symmetric: compare (M + Mᵀ) / 2, whose entries do not depend on which class of a pair comes first.
+        classes: bool (B, C), the classes of each image whose rows and columns count; None counts all.
 
     Returns:
-        A scalar, 0 or more: the mean over images of the mean over the C x C entries (equation 3).
+        A scalar, 0 or more: the mean over images of the mean over the C × C entries (equation 3), or over those of the
+        classes that count; 0 for an image where none does.
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape")
+    check_pair(student, teacher, temperature=temperature)
     if normalize not in ("row", "none"):
         raise ValueError(f"normalize must be 'row' or 'none', not {normalize!r}")
+    if classes is not None and (classes.shape != student.shape[:2] or classes.dtype != torch.bool):
+        raise ValueError(f"classes must be bool {tuple(student.shape[:2])}, not {classes.dtype} {tuple(classes.shape)}")
+    pairs_BCC = None if classes is None else classes.unsqueeze(1) & classes.unsqueeze(2)
+
+    def compared(logits: Tensor) -> Tensor:
+        matrix_BCC = ics_matrix(logits, temperature=temperature, valid=valid)
+        if symmetric:
+            matrix_BCC = (matrix_BCC + matrix_BCC.transpose(1, 2)) / 2
+        if pairs_BCC is not None:
+            matrix_BCC = matrix_BCC * pairs_BCC
+        return F.normalize(matrix_BCC, dim=2, eps=ROW_NORM_EPS) if normalize == "row" else matrix_BCC
+
     with torch.no_grad():
-        teacher_BCC = ics_matrix(teacher.detach(), temperature=temperature, valid=valid)
-    student_BCC = ics_matrix(student, temperature=temperature, valid=valid)
-    if normalize == "row":
-        student_BCC = F.normalize(student_BCC, dim=2, eps=ROW_NORM_EPS)
-        teacher_BCC = F.normalize(teacher_BCC, dim=2, eps=ROW_NORM_EPS)
-    return (student_BCC - teacher_BCC).square().mean()
-
-
-def _precision(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _check(logits: Tensor, temperature: float, valid: Tensor | None) -> None:
-    if logits.ndim != 4:
-        raise ValueError(f"logits must be (B, C, H, W), not {tuple(logits.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-    if valid is not None and (valid.shape != (logits.shape[0], *logits.shape[2:]) or valid.dtype != torch.bool):
-        raise ValueError(
-            f"valid must be bool {(logits.shape[0], *logits.shape[2:])}, not {valid.dtype} {tuple(valid.shape)}"
-        )
+        teacher_BCC = compared(teacher.detach())
+    difference_BCC = (compared(student) - teacher_BCC).square()
+    if pairs_BCC is None:
+        return difference_BCC.mean()
+    return (difference_BCC.sum(dim=(1, 2)) / pairs_BCC.sum(dim=(1, 2)).clamp(min=1)).mean()

@@ -46,8 +46,9 @@ class ASPP(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """DeepLabV3+: normalised images (B, 3, H, W) to logits (B, num_classes, H/4, W/4), not upsampled."""
 
-    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, *, align_corners: bool = False) -> None:
         super().__init__()
+        self.align_corners = align_corners
         self.backbone = backbone
         self.aspp = ASPP(backbone.channels[-1])
         self.low_level = conv_bn_relu(backbone.channels[0], 48)
@@ -59,6 +60,6 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         maps = self.backbone(images_BCHW)
         low = self.low_level(maps[0])
-        high = F.interpolate(self.aspp(maps[-1]), size=low.shape[2:], mode="bilinear", align_corners=False)
+        high = F.interpolate(self.aspp(maps[-1]), size=low.shape[2:], mode="bilinear", align_corners=self.align_corners)
         logits: Tensor = self.classifier(self.decoder(torch.cat([high, low], dim=1)))
         return logits

@@ -57,13 +57,7 @@ def build_model(
     if name.startswith("smp:"):
         return _from_smp(name, num_classes)
     if ":" in name:
-        if from_artifact and name not in _trusted | set(os.environ.get(TRUST_VARIABLE, "").split(",")):
-            raise InputError(
-                f"This checkpoint asks for your own code {name!r}. Nothing that a file names is run unless you say so: set "
-                f"{TRUST_VARIABLE}={name} if you trust it."
-            )
-        _trusted.add(name)
-        return _from_callable(name, num_classes)
+        return load_callable(name, num_classes, from_artifact=from_artifact)
     raise InputError(
         f"There is no network {name!r}. There are {', '.join(MODEL_NAMES)}; smp:ARCHITECTURE:ENCODER; and your own as "
         "package.module:function."
@@ -101,7 +95,18 @@ def _from_smp(name: str, num_classes: int) -> nn.Module:
     return model
 
 
-def _from_callable(name: str, num_classes: int) -> nn.Module:
+def load_callable(name: str, num_classes: int, *, from_artifact: bool = False) -> nn.Module:
+    """Return what your own `package.module:function` makes of the number of classes; see `build_model`.
+
+    Raises:
+        InputError: it cannot be imported or called, makes no network, or an artefact names it and it is not trusted.
+    """
+    if from_artifact and name not in _trusted | set(os.environ.get(TRUST_VARIABLE, "").split(",")):
+        raise InputError(
+            f"This checkpoint asks for your own code {name!r}. Nothing that a file names is run unless you say so: set "
+            f"{TRUST_VARIABLE}={name} if you trust it."
+        )
+    _trusted.add(name)
     module_name, function_name = name.split(":", 1)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

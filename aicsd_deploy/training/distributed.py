@@ -95,6 +95,14 @@ def gradients_held_back(module: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def average_gradients(module: nn.Module) -> None:
+    """Average the gradients of a small module that is not wrapped by `parallel`."""
+    if world_size() > 1:
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.copy_(sum_over_processes(parameter.grad) / world_size())
+
+
 def sync_batch_norm(network: nn.Module, device: torch.device) -> None:
     """Let batch normalisation see the batches of all processes.
 

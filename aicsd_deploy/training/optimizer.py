@@ -13,17 +13,24 @@ from aicsd_deploy.config import TrainConfig
 from aicsd_deploy.models import backbone_parameters
 
 
-def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return a fused optimiser, which `StepGuard` needs; groups carry their peak learning rate as `base_lr`."""
+def build_optimizer(network: nn.Module, config: TrainConfig, *, besides: nn.Module) -> torch.optim.Optimizer:
+    """Return a fused optimiser, which `StepGuard` needs; groups carry their peak learning rate as `base_lr`.
+
+    Args:
+        network: what is trained.
+        config: optimiser, learning rates, weight decay.
+        besides: what is trained along with it and has no backbone: the adapters of a loss.
+    """
     factor = config.backbone_lr_factor
     if factor is None:
         factor = 0.1 if config.backbone_weights is not None else 1.0
     backbone = {id(p) for p in backbone_parameters(network)}
+    trained = [*network.parameters(), *besides.parameters()]
     groups = []
     for in_backbone in (True, False):
         for decays in (True, False):
             # Biases and batch normalisation are one-dimensional; decaying them only weakens the network.
-            chosen = [p for p in network.parameters() if (id(p) in backbone) == in_backbone and (p.ndim > 1) == decays]
+            chosen = [p for p in trained if (id(p) in backbone) == in_backbone and (p.ndim > 1) == decays]
             lr = config.lr * (factor if in_backbone else 1.0)
             groups.append(
                 {"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": config.weight_decay if decays else 0.0}

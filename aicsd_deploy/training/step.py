@@ -23,10 +23,12 @@ class Loss(Protocol):
 
     Attributes:
         student: what is in training; several processes share the gradients of what stands here.
+        state: what it trains or measures besides the network: optimised and saved with the run, not with the network.
         phase: times the parts of the work.
     """
 
     student: nn.Module
+    state: nn.Module
     phase: Phase
 
     def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown: ...
@@ -48,7 +50,7 @@ class TrainStep:
         self.network, self.loss, self.config = network, loss, config
         self.clock = StepClock(device)
         loss.phase = self.clock.phase
-        self.optimizer = build_optimizer(network, config)
+        self.optimizer = build_optimizer(network, config, besides=loss.state)
         self.guard = StepGuard(network, device)
         self.mean = None if config.ema is None else RunningMean(network, config.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
@@ -86,7 +88,9 @@ class TrainStep:
             )
         with phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
-            gradient = nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
+            distributed.average_gradients(self.loss.state)  # those of the student are averaged as they come
+            trained = [*self.network.parameters(), *self.loss.state.parameters()]
+            gradient = nn.utils.clip_grad_norm_(trained, config.clip_norm)
             row = self._over_processes(torch.stack(rows).mean(dim=0), stop=stop)
             values = dict(zip(["loss", "gradient", *breakdown.terms], [row[0], gradient, *row[1:]], strict=True))
             skip = self.guard.judge(step, values, scaled=self.scaler.is_enabled())
@@ -120,12 +124,14 @@ class TrainStep:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
+            "loss": self.loss.state.state_dict(),
             "ema": None if self.mean is None else self.mean.network.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
+        self.loss.state.load_state_dict(state["loss"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.mean is not None:

@@ -108,7 +108,7 @@ def break_image_cut_off(root: Path) -> str:
 
 def break_color_mask(root: Path) -> str:
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(root / "train/labels/007.png")
-    return "007.png is a colour picture"
+    return "colours that no class has, (0, 0, 0)"
 
 
 def break_missing_label(root: Path) -> str:
@@ -193,6 +193,7 @@ def test_cache_loads_each_image_once_and_stops_at_its_limit(folder_data: Path) -
 
 def test_classes_file_is_read_with_names_of_several_words(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("\n1 traffic light 250 170 30\n0 road 1 2 3\n")
-    classes, values = read_classes(tmp_path / "classes.txt")
+    classes, values, colors = read_classes(tmp_path / "classes.txt")
     assert [(c.name, c.color_rgb) for c in classes] == [("road", (1, 2, 3)), ("traffic light", (250, 170, 30))]
     assert values == {0: 0, 1: 1}
+    assert colors == {(1, 2, 3): 0, (250, 170, 30): 1}

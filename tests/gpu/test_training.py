@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from aicsd_deploy.config import DistillConfig, TrainConfig
+from aicsd_deploy.config import DistillConfig, MethodConfig, TrainConfig
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller
 from aicsd_deploy.errors import AicsdError
@@ -43,7 +43,7 @@ class Scaled(nn.Module):
 def step_of(student: nn.Module, **settings: object) -> TrainStep:
     config = DistillConfig(**{"batch_size": 4, "warmup_steps": 0} | settings)  # type: ignore[arg-type]
     dtype = autocast_dtype(config.precision, GPU)
-    loss = Distiller(student, lowered(Scaled("lraspp_resnet50"), dtype), "aicsd", autocast=dtype)
+    loss = Distiller(student, lowered(Scaled("lraspp_resnet50"), dtype), MethodConfig(method="aicsd"), autocast=dtype)
     return TrainStep(student, loss, config, GPU, autocast=dtype)
 
 

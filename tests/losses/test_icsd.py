@@ -167,3 +167,19 @@ def test_wrong_arguments_are_refused() -> None:
         ics_matrix(z, valid=torch.ones(1, 4, 4))
     with pytest.raises(ValueError, match="normalize"):
         icsd_loss(z, z, normalize="column")  # type: ignore[arg-type]
+
+
+def test_symmetric_form_compares_the_mean_of_both_directions() -> None:
+    s, t = logits(2, 3, 4, 5), logits(2, 3, 4, 5, seed=1)
+    both = [(m + m.transpose(1, 2)) / 2 for m in (ics_matrix(s), ics_matrix(t))]
+    expected = (both[0] - both[1]).square().mean()
+    torch.testing.assert_close(icsd_loss(s, t, symmetric=True, normalize="none"), expected)
+
+
+def test_classes_that_do_not_count_are_as_if_they_were_not_there() -> None:
+    s, t = logits(2, 4, 4, 5), logits(2, 4, 4, 5, seed=1)
+    classes = torch.tensor([[True, False, True, True], [False, False, False, False]])
+    for normalize in ("row", "none"):
+        ours = icsd_loss(s, t, normalize=normalize, classes=classes)  # type: ignore[arg-type]
+        kept = [z[:1, [0, 2, 3]] for z in (s, t)]
+        torch.testing.assert_close(ours, icsd_loss(*kept, normalize=normalize) / 2)  # type: ignore[arg-type]

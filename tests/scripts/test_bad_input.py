@@ -124,6 +124,23 @@ CASES = {
     ),
     "evaluate, another network": ("train/evaluate.py {t}/other.pt --json {o}", "do not fit the network"),
     "to_onnx, another network": ("export/to_onnx.py {t}/other.pt -o {o}.onnx", "do not fit the network"),
+    "distill, teacher folder that is none": (
+        "train/distill.py --data folder:data --teacher hf:{t}/empty --out {o}",
+        "cannot be loaded",
+    ),
+    "distill, features of a network without a backbone": (
+        "train/distill.py --data folder:data --teacher " + CKPT + " --student tiny_network:tiny --method sp --out {o}",
+        "--student-layer",
+    ),
+    "distill, missing class map": (
+        "train/distill.py --data folder:data --teacher " + CKPT + " --class-map {t}/none.yaml --out {o}",
+        "none.yaml",
+    ),
+    "evaluate, protocol for an exported file": (
+        "train/evaluate.py " + ONNX + " --native --json {o}",
+        "Name a checkpoint",
+    ),
+    "study, unknown method": ("train/study.py --data folder:data --methods none,magic --out {o}", "magic"),
     "distill, unknown method": ("train/distill.py --method magic --out {o}", "magic"),
     "evaluate, missing": ("train/evaluate.py {t}/none.onnx --json {o}", "none.onnx"),
     "evaluate, cut": ("train/evaluate.py {t}/cut.onnx --json {o}", "cut.onnx"),
@@ -194,7 +211,7 @@ def test_tensorrt_says_what_this_machine_lacks(trained: Path, tmp_path: Path) ->
         pytest.skip("this machine has an NVIDIA driver")
 
 
-SCRIPTS = ["train/teacher.py", "train/distill.py", "train/evaluate.py", "export/to_onnx.py", "export/to_trt.py", "demo/benchmark.py", "demo/video.py", "demo/quickstart.py"]  # fmt: skip
+SCRIPTS = ["train/teacher.py", "train/distill.py", "train/study.py", "train/evaluate.py", "export/to_onnx.py", "export/to_trt.py", "demo/benchmark.py", "demo/video.py", "demo/quickstart.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

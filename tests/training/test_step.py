@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from aicsd_deploy.config import DistillConfig
+from aicsd_deploy.config import DistillConfig, MethodConfig
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, LossBreakdown
 from aicsd_deploy.training.precision import autocast_dtype, lowered
@@ -45,7 +45,9 @@ def step_of(network: nn.Module, **settings: Any) -> TrainStep:
     config = DistillConfig(**{"lr": 0.01, "warmup_steps": 0, "batch_size": 4} | settings)
     dtype = autocast_dtype(config.precision, CPU)
     teacher = lowered(Network(9), dtype)
-    return TrainStep(network, Distiller(network, teacher, "aicsd", autocast=dtype), config, CPU, autocast=dtype)
+    return TrainStep(
+        network, Distiller(network, teacher, MethodConfig(method="aicsd"), autocast=dtype), config, CPU, autocast=dtype
+    )
 
 
 @pytest.mark.parametrize("method_step", [1, 3])

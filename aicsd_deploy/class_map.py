@@ -1,0 +1,116 @@
+"""Classes of a teacher and of a student brought together: by name, by order, or by a file that says which is which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from aicsd_deploy.console import say
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import existing_file
+
+UNKNOWN_LOGIT = -1e4
+"""The logit of a class that the teacher does not know: never the highest, and finite in half precision."""
+
+
+class RemappedClasses(nn.Module):
+    """A network whose logits are brought to other classes.
+
+    A class that is made of several gets log Σ exp of their logits, so that its probability is the sum of theirs.
+    """
+
+    def __init__(self, network: nn.Module, groups: Sequence[Sequence[int]]) -> None:
+        """Wrap a network; `groups` gives, for each new class, the network's classes that it is made of, maybe none."""
+        super().__init__()
+        self.network = network
+        self.groups = [list(group) for group in groups]
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.network(images_BCHW)
+        unknown = torch.full_like(logits[:, 0], UNKNOWN_LOGIT)
+        return torch.stack([torch.logsumexp(logits[:, g], dim=1) if g else unknown for g in self.groups], dim=1)
+
+
+def match_classes(
+    theirs: Sequence[str] | None,
+    count: int,
+    ours: Sequence[str],
+    *,
+    class_map: Path | None,
+    teacher: str,
+) -> list[list[int]] | None:
+    """Return, for each of our classes, the teacher's classes that it is made of; None where the two are the same, in order.
+
+    Args:
+        theirs: the teacher's class names in order; None where it does not say them.
+        count: how many classes it has.
+        ours: the student's class names in order.
+        class_map: a YAML file of lines `student class: teacher class` or `student class: [teacher class, teacher class]`; the
+            teacher's classes by name or by index. A class of the student that it does not name is unknown to the teacher.
+        teacher: the teacher's name, for messages.
+
+    Raises:
+        InputError: the classes differ and no file says how, or the file names a class that there is not.
+    """
+    if class_map is not None:
+        return _read(class_map, theirs, count, ours)
+    if theirs is None:
+        if count == len(ours):
+            say(f"{teacher} does not name its {count} classes; they are taken to be in the order of the data set's.")
+            return None
+    else:
+        plain, wanted = [_plain(name) for name in theirs], [_plain(name) for name in ours]
+        if plain == wanted:
+            return None
+        if sorted(plain) == sorted(wanted) and len(set(plain)) == len(plain):
+            say(f"{teacher} has the data set's classes in another order; they are matched by name.")
+            return [[plain.index(name)] for name in wanted]
+    named = "" if theirs is None else ": " + ", ".join(theirs)
+    raise InputError(
+        f"The teacher's classes are not those of the data, so its logits mean something else.\n"
+        f"  teacher {teacher}: {count} classes{named}\n  data set: {len(ours)} classes: {', '.join(ours)}\n"
+        "Say which is which with --class-map FILE (lines `student class: teacher class`), or give another teacher."
+    )
+
+
+def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[str]) -> list[list[int]]:
+    existing_file(path, "The class map")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold lines `student class: teacher class`.")
+    plain = [_plain(name) for name in theirs or []]
+    wanted = [_plain(name) for name in ours]
+    groups: list[list[int]] = [[] for _ in ours]
+    for name, sources in content.items():
+        if _plain(str(name)) not in wanted:
+            raise InputError(f"{path}: {name!r} is no class of the data set. It has {', '.join(ours)}.")
+        for source in sources if isinstance(sources, list) else [] if sources is None else [sources]:
+            index = source if isinstance(source, int) else None
+            if index is None and _plain(str(source)) in plain:
+                index = plain.index(_plain(str(source)))
+            if index is None or not 0 <= index < count:
+                known = (
+                    f"It has {', '.join(theirs)}."
+                    if theirs
+                    else f"It names none; write an index from 0 to {count - 1}."
+                )
+                raise InputError(f"{path}: {source!r} is no class of the teacher. {known}")
+            groups[wanted.index(_plain(str(name)))].append(index)
+    if sum(bool(group) for group in groups) < 2:
+        raise InputError(f"{path} gives the teacher fewer than two classes of the data set; there is nothing to learn.")
+    unknown = [name for name, group in zip(ours, groups, strict=True) if not group]
+    if unknown:
+        say(f"The teacher does not know {', '.join(unknown)}: pixels with these labels are left out of its terms.")
+    return groups
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_/-]+", "", name).casefold()

@@ -1,0 +1,117 @@
+"""PASCAL VOC 2012 in its official layout, alone or with the extra labels of SBD (`trainaug`).
+
+`voc:PATH` holds `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}`, as torchvision has it.
+`vocaug:PATH` is the same with the 10,582 training images that papers use: either `SegmentationClassAug/` and
+`ImageSets/Segmentation/trainaug.txt` lie in VOC2012, or SBD's own `benchmark_RELEASE/dataset/{cls,train.txt,val.txt}` lies
+beside VOCdevkit (Hariharan et al., "Semantic Contours from Inverse Detectors", ICCV 2011).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from aicsd_deploy.data.dataset import FileDataset, FilePair
+from aicsd_deploy.data.folder import read_stems
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import SegClass
+
+VOC_CLASSES = tuple(
+    SegClass(name, color)
+    for name, color in {
+        "background": (0, 0, 0),
+        "aeroplane": (128, 0, 0),
+        "bicycle": (0, 128, 0),
+        "bird": (128, 128, 0),
+        "boat": (0, 0, 128),
+        "bottle": (128, 0, 128),
+        "bus": (0, 128, 128),
+        "car": (128, 128, 128),
+        "cat": (64, 0, 0),
+        "chair": (192, 0, 0),
+        "cow": (64, 128, 0),
+        "diningtable": (192, 128, 0),
+        "dog": (64, 0, 128),
+        "horse": (192, 0, 128),
+        "motorbike": (64, 128, 128),
+        "person": (192, 128, 128),
+        "pottedplant": (0, 64, 0),
+        "sheep": (128, 64, 0),
+        "sofa": (0, 192, 0),
+        "train": (128, 192, 0),
+        "tvmonitor": (0, 64, 128),
+    }.items()
+)
+"""The 21 classes in VOC's order, in the colours of its palette; label value 255 is the border, which is ignored."""
+
+
+def open_voc(root: Path, split: str) -> FileDataset:
+    """Open `train` or `val` of VOC 2012."""
+    base = _base(root)
+    return _dataset(_stems(base, split), base, spec=f"voc:{root}", split=split)
+
+
+def open_vocaug(root: Path, split: str) -> FileDataset:
+    """Open VOC 2012 with SBD: `train` is `trainaug`, `val` is that of VOC."""
+    base = _base(root)
+    spec = f"vocaug:{root}"
+    if split != "train":
+        return _dataset(_stems(base, split), base, spec=spec, split=split)
+    held_out = set(_stems(base, "val"))
+    labels = base / "SegmentationClassAug"
+    if labels.is_dir():
+        stems = _stems(base, "trainaug")
+        wrong = [stem for stem in stems if stem in held_out]
+        if wrong:
+            raise InputError(
+                f"{base}/ImageSets/Segmentation/trainaug.txt names {len(wrong)} images that are in val.txt too, {wrong[0]} for "
+                "one: scores would be of images that were trained on. Take them out of trainaug.txt."
+            )
+        return _dataset(stems, base, labels={stem: labels / f"{stem}.png" for stem in stems}, spec=spec, split=split)
+    sbd = next((d for d in (root / "benchmark_RELEASE/dataset", root / "sbd", root) if (d / "cls").is_dir()), None)
+    if sbd is None:
+        raise InputError(
+            f"{root} holds VOC 2012 but no labels of SBD: neither {labels} nor {root / 'benchmark_RELEASE/dataset/cls'} is "
+            "there. Put one of them there, or use voc:PATH."
+        )
+    own = _stems(base, "train")
+    more = [stem for name in ("train", "val") for stem in read_stems(sbd / f"{name}.txt") or []]
+    extra = sorted(set(more) - set(own) - held_out)
+    files = {stem: sbd / "cls" / f"{stem}.mat" for stem in extra}
+    return _dataset([*own, *extra], base, labels=files, spec=spec, split=split)
+
+
+def _dataset(
+    stems: list[str], base: Path, *, spec: str, split: str, labels: dict[str, Path] | None = None
+) -> FileDataset:
+    pairs = [
+        FilePair(
+            base / "JPEGImages" / f"{stem}.jpg",
+            (labels or {}).get(stem, base / "SegmentationClass" / f"{stem}.png"),
+        )
+        for stem in stems
+    ]
+    return FileDataset(
+        pairs, classes=VOC_CLASSES, label_values={i: i for i in range(len(VOC_CLASSES))}, spec=spec, split=split
+    )
+
+
+def _base(root: Path) -> Path:
+    for base in (root / "VOCdevkit/VOC2012", root / "VOC2012", root):
+        if (base / "JPEGImages").is_dir():
+            return base
+    raise InputError(
+        f"{root} holds no VOCdevkit/VOC2012/JPEGImages. Give the folder that VOCtrainval_11-May-2012.tar was unpacked into."
+    )
+
+
+def _stems(base: Path, split: str) -> list[str]:
+    path = base / "ImageSets/Segmentation" / f"{split}.txt"
+    stems = read_stems(path)
+    if stems is None:
+        raise InputError(f"{path} does not exist, which lists the images of {split}.")
+    if not stems:
+        raise InputError(f"{path} names no image.")
+    # Some lists have `image label` pairs of paths in a line; the first one names the image.
+    return list(np.asarray([Path(stem.split()[0]).stem for stem in stems]))

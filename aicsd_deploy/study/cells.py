@@ -1,0 +1,141 @@
+"""A study is a grid of cells, one training for each method and seed; each is run once and kept in its own folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from aicsd_deploy.config import DistillConfig, Method, TrainConfig, validated
+from aicsd_deploy.console import say
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import write_json
+from aicsd_deploy.metadata import git_revision
+from aicsd_deploy.recipes import distill, train_teacher
+from aicsd_deploy.tracking import read_log
+from aicsd_deploy.training.last import BEST
+from aicsd_deploy.training.resume import FREE_TO_CHANGE
+
+METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
+
+
+class StudyConfig(DistillConfig):
+    """The recipe that all cells share, and which cells there are."""
+
+    methods: list[str] = Field(
+        default=["none", "kd", "aicsd"],
+        min_length=1,
+        description="methods, or names under `variants` in the file of --config",
+    )
+    seeds: list[int] = Field(
+        [0, 1, 2], min_length=1, description="seeds; each gives its weights and order to every method"
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        {}, description="settings that a cell of this name has otherwise than the recipe"
+    )
+    teacher_recipe: dict[str, Any] = Field(
+        {}, description="settings that the teacher has otherwise, where none is given and it is trained first"
+    )
+
+    def cell(self, name: str, seed: int, *, teacher: str) -> DistillConfig:
+        """Return the settings of one cell: the recipe, then what the method or variant `name` has otherwise.
+
+        Raises:
+            InputError: there is no such method or variant, or a setting of it is wrong.
+        """
+        if name not in self.variants and name not in METHODS:
+            known = ", ".join([*METHODS, *self.variants])
+            raise InputError(f"There is no method or variant {name!r}. There are {known}.")
+        recipe = {k: v for k, v in self.model_dump().items() if k in DistillConfig.model_fields}
+        changes = self.variants.get(name, {"method": name})
+        values = recipe | {"teacher": teacher} | changes | {"seed": seed}
+        if values["method"] == "none":
+            values |= {"teacher": None, "class_map": None}
+        return validated(DistillConfig, values)
+
+
+def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
+    """Run every cell that is not done yet, and return what all of them gave, in the order of methods and seeds.
+
+    Seeds are the outer loop, so that a study that is stopped early has whole rows of methods to compare.
+
+    Raises:
+        InputError: a name is unknown, or a cell in `out` was run with other settings.
+    """
+    teacher = config.teacher if config.teacher is not None else "teacher"
+    for name in config.methods:  # before hours of training
+        config.cell(name, 0, teacher=teacher)
+    if config.teacher is None:
+        teacher = _own_teacher(config, out / "teacher")
+    cells = {}
+    for done, (seed, name) in enumerate((s, n) for s in config.seeds for n in config.methods):
+        say(f"cell {done + 1}/{len(config.seeds) * len(config.methods)}: {name}, seed {seed}")
+        cells[name, seed] = _run_cell(config, name, seed, teacher, out / "cells" / f"{name}-seed{seed}")
+    return [cells[name, seed] for name in config.methods for seed in config.seeds]
+
+
+def _own_teacher(config: StudyConfig, folder: Path) -> str:
+    if not (folder / "summary.json").is_file():
+        shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields}
+        own = {k: v for k, v in shared.items() if k not in ("model", "backbone_weights")}
+        train_teacher(validated(TrainConfig, own | config.teacher_recipe), folder, resume=True)
+    return str(folder / BEST)
+
+
+def _run_cell(config: StudyConfig, name: str, seed: int, teacher: str, folder: Path) -> dict[str, Any]:
+    settings, result = config.cell(name, seed, teacher=teacher), folder / "cell.json"
+    if result.is_file():
+        cell: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        ours = settings.model_dump(mode="json")
+        changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != cell["settings"].get(k)]
+        if changed:
+            lines = "\n".join(f"  {k}: was {cell['settings'].get(k)!r}, now {ours[k]!r}" for k in changed)
+            raise InputError(
+                f"{folder} was run with other settings:\n{lines}\nGive the same, another --out, or remove that folder."
+            )
+        return cell
+    _reset_peak_memory()
+    summary = distill(settings, folder, resume=True)
+    scored = [line for line in read_log(folder) if "val" in line]
+    cell = {
+        "name": name,
+        "seed": seed,
+        "miou": scored[-1]["val"]["miou"],
+        "per_class_iou": scored[-1]["val"]["per_class_iou"],
+        "best_miou": summary["miou"],
+        "curve": [[line["epoch"], line["val"]["miou"]] for line in scored],
+        "seconds": summary["seconds"],
+        "peak_memory_mib": _peak_memory_mib(),
+        "teacher": summary["teacher"],
+        "parameters": summary["parameters"],
+        "git": git_revision(),
+        "settings": settings.model_dump(mode="json"),
+    }
+    write_json(result, cell)
+    return cell
+
+
+def _reset_peak_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of this process starts anew
+    except OSError:
+        return
+
+
+def _peak_memory_mib() -> float:
+    """Return the peak since the last reset: of the GPU's memory where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10, 1)
+    except (OSError, StopIteration):
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

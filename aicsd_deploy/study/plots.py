@@ -1,0 +1,122 @@
+"""Pictures of a study: learning curves, gain of each class, and a strip of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from aicsd_deploy.checkpoint import load_checkpoint
+from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.files import atomic_path
+from aicsd_deploy.metadata import Metadata
+from aicsd_deploy.runtime.base import Backend, UInt8Array
+from aicsd_deploy.runtime.frames import segment
+from aicsd_deploy.runtime.torch_backend import TorchBackend
+from aicsd_deploy.teachers import open_teacher
+from aicsd_deploy.tracking import pyplot, save_figure
+from aicsd_deploy.training.last import LAST
+from aicsd_deploy.video.overlay import Overlay
+
+STRIP = ("none", "kd", "aicsd")
+TILE_WIDTH = 320
+
+
+def plot_study(study: dict[str, Any], out: Path) -> list[Path]:
+    """Draw curves.png (validation mIoU over the epochs) and classes.png (gain of each class over CE) into `out`."""
+    made = [_plot_curves(study, out / "curves.png")]
+    if "none" in study["methods"] and len(study["methods"]) > 1:
+        made.append(_plot_classes(study, out / "classes.png"))
+    return made
+
+
+def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *, count: int = 4) -> Path:
+    """Draw strip.png: rows of frame, truth, then what CE, KD, AICSD (of the first seed) and the teacher make of it."""
+    chosen = [n for n in STRIP if n in study["methods"]] or list(study["methods"])[:3]
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    backends: dict[str, Backend] = {}
+    for name in chosen:
+        checkpoint = load_checkpoint(out / "cells" / f"{name}-seed{study['seeds'][0]}" / LAST)
+        backends["CE" if name == "none" else name] = TorchBackend(
+            checkpoint.build(), checkpoint.metadata, device=device
+        )
+    if study["teacher"] is not None:
+        backends["teacher"] = _teacher_backend(study, dataset, checkpoint.metadata, device)
+    overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
+    rows: list[UInt8Array] = []
+    for index in sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))}):
+        image_rgb, labels = dataset.load(index)
+        frame = np.ascontiguousarray(image_rgb[..., ::-1])
+        tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
+        tiles |= {name: overlay.draw(frame.copy(), segment(backend, frame)) for name, backend in backends.items()}
+        rows.append(np.hstack([_tile(picture, title if not rows else "") for title, picture in tiles.items()]))
+    path = out / "strip.png"
+    with atomic_path(path) as temporary:
+        cv2.imwrite(str(temporary), np.vstack(rows))
+    return path
+
+
+def _teacher_backend(
+    study: dict[str, Any], dataset: SegmentationDataset, student: Metadata, device: torch.device
+) -> Backend:
+    class_map = study["recipe"]["class_map"]
+    teacher = open_teacher(
+        study["teacher"]["path"], dataset.classes, class_map=None if class_map is None else Path(class_map)
+    )
+    metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
+    return TorchBackend(teacher.network, metadata, device=device)
+
+
+def _tile(picture: UInt8Array, title: str) -> UInt8Array:
+    height = round(TILE_WIDTH * picture.shape[0] / picture.shape[1])
+    tile = cv2.resize(picture, (TILE_WIDTH - 4, height), interpolation=cv2.INTER_AREA)
+    if title:
+        cv2.putText(tile, title, (8, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (0, 0, 0), 4, cv2.LINE_AA)
+        cv2.putText(tile, title, (8, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255, 255, 255), 2, cv2.LINE_AA)
+    return np.asarray(cv2.copyMakeBorder(tile, 0, 4, 0, 4, cv2.BORDER_CONSTANT), dtype=np.uint8)
+
+
+def _plot_curves(study: dict[str, Any], path: Path) -> Path:
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for name in study["methods"]:
+        curves = [cell["curve"] for cell in study["cells"] if cell["name"] == name]
+        epochs = [epoch for epoch, _ in curves[0]]
+        scores = np.array([[100 * score for _, score in curve] for curve in curves])
+        (line,) = axis.plot(epochs, scores.mean(axis=0), "o-", markersize=3, label="CE" if name == "none" else name)
+        if len(curves) > 1:
+            axis.fill_between(epochs, scores.min(axis=0), scores.max(axis=0), color=line.get_color(), alpha=0.12)
+    if study["teacher"] is not None:
+        axis.axhline(100 * study["teacher"]["miou"], linestyle="--", color="grey", label="teacher")
+    axis.set(xlabel="epoch", ylabel="val mIoU, %", title="mean over the seeds, and their range")
+    axis.legend()
+    return save_figure(figure, path)
+
+
+def _plot_classes(study: dict[str, Any], path: Path) -> Path:
+    plt = pyplot()
+    base = study["methods"]["none"]["per_class_iou_mean"]
+    names: Sequence[str] = [n for n in study["methods"] if n != "none"]
+    gain = np.array(
+        [[_gain(study["methods"][n]["per_class_iou_mean"][c], base[c]) for c in base] for n in names], dtype=np.float64
+    )
+    figure, axis = plt.subplots(figsize=(3 + 0.6 * len(base), 2 + 0.4 * len(names)), constrained_layout=True)
+    reach = min(max(float(np.nanmax(np.abs(gain))), 1.0), 20.0)  # a method that fails must not wash out the others
+    image = axis.imshow(gain, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+    for row, column in np.ndindex(gain.shape):
+        if np.isfinite(gain[row, column]):
+            color = "white" if abs(gain[row, column]) > 0.6 * reach else "black"
+            axis.text(column, row, f"{gain[row, column]:+.1f}", ha="center", va="center", fontsize=7, color=color)
+    axis.set_xticks(range(len(base)), list(base), rotation=60, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    axis.set(title="IoU of each class minus that of CE, points")
+    figure.colorbar(image, ax=axis, shrink=0.8)
+    return save_figure(figure, path)
+
+
+def _gain(ours: float | None, theirs: float | None) -> float:
+    return float("nan") if ours is None or theirs is None else 100 * (ours - theirs)

@@ -1,0 +1,253 @@
+"""Teachers from anywhere: our checkpoints, transformers, torchvision, segmentation_models_pytorch, the paper's, your own."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aicsd_deploy.checkpoint import load_checkpoint
+from aicsd_deploy.class_map import RemappedClasses, match_classes
+from aicsd_deploy.console import say
+from aicsd_deploy.data.voc import VOC_CLASSES
+from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
+from aicsd_deploy.files import existing_file, sha256
+from aicsd_deploy.metadata import Metadata, SegClass
+from aicsd_deploy.models.published import build_published, state_of_published
+from aicsd_deploy.models.registry import load_callable
+
+TEACHER_HELP = (
+    "a checkpoint of train/teacher.py; hf:NAME or hf:FOLDER (transformers); torchvision:NAME or torchvision:NAME:WEIGHTS.pth; "
+    "smp:FOLDER (save_pretrained of segmentation_models_pytorch); package.module:function; the paper's DeepLabV3+ checkpoint"
+)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network to learn from, made to fit the student's classes.
+
+    Attributes:
+        name: what the user called it.
+        network: normalised images (B, 3, H, W) to logits (B, C, h, w) in the order of the student's classes; in eval mode.
+        metadata: its normalisation and the student's classes; the image size is the one it was trained at, where it says one.
+        digest: SHA-256 of its file, or of its weights.
+        known_classes: the student's classes that it knows; None: all.
+    """
+
+    name: str
+    network: nn.Module
+    metadata: Metadata
+    digest: str
+    known_classes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A network as its source has it; class names are None where the source does not say them."""
+
+    network: nn.Module
+    class_names: list[str] | None
+    metadata: Metadata
+    digest: str | None = None
+
+
+def open_teacher(
+    name: str, classes: tuple[SegClass, ...], *, class_map: Path | None = None, from_artifact: bool = False
+) -> Teacher:
+    """Load a teacher and make it fit the student's classes.
+
+    Args:
+        name: see `TEACHER_HELP`.
+        classes: the student's classes.
+        class_map: a file that says which classes of the teacher are which of the student; see `match_classes`.
+        from_artifact: the name was read from a file and not given by the user; see `build_model`.
+
+    Raises:
+        InputError: there is no such teacher, it cannot be loaded safely, or its classes cannot be those of the student.
+        MissingDependencyError: the library it comes from is not installed.
+    """
+    kind, _, rest = name.partition(":")
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        found = _from_transformers(str(path))
+    elif path.exists() or not rest:
+        found = _from_file(path)
+    elif kind == "hf":
+        found = _from_transformers(rest)
+    elif kind == "torchvision":
+        found = _from_torchvision(rest)
+    elif kind == "smp":
+        found = _from_smp(rest)
+    else:
+        found = _Found(
+            LogitsOf(load_callable(name, len(classes), from_artifact=from_artifact)), None, _plain_metadata(name)
+        )
+    network = found.network.eval()
+    count = len(found.class_names) if found.class_names is not None else _count_classes(network, name)
+    groups = match_classes(found.class_names, count, [c.name for c in classes], class_map=class_map, teacher=name)
+    if groups is not None:
+        network = RemappedClasses(network, groups).eval()
+    known = None if groups is None or all(groups) else tuple(i for i, group in enumerate(groups) if group)
+    metadata = found.metadata.replace(classes=classes, role="teacher")
+    return Teacher(name, network, metadata, found.digest or _digest(network), known)
+
+
+class LogitsOf(nn.Module):
+    """A network whose output is a dictionary, a tuple or an object of transformers, made to give its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        output = self.model(images_BCHW)
+        if isinstance(output, Mapping):
+            output = output.get("out", output.get("logits"))
+        elif isinstance(output, list | tuple):
+            output = output[0]
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            raise InputError(
+                f"The teacher {type(self.model).__name__} must give logits (B, C, h, w), alone or as 'out' or 'logits', not "
+                f"{type(output).__name__}{tuple(output.shape) if isinstance(output, Tensor) else ''}."
+            )
+        return output
+
+
+def _plain_metadata(name: str, **changes: Any) -> Metadata:
+    return Metadata(model=name, classes=(), image_size_hw=(0, 0), role="teacher").replace(**changes)
+
+
+def _from_file(path: Path) -> _Found:
+    existing_file(path, "The checkpoint")
+    state = state_of_published(_content(path))
+    if state is not None:
+        network = build_published(state, origin=str(path))
+        names = [c.name for c in VOC_CLASSES] if _count_classes(network, str(path)) == len(VOC_CLASSES) else None
+        return _Found(network, names, _plain_metadata(str(path)), sha256(path))
+    checkpoint = load_checkpoint(path)
+    return _Found(checkpoint.build(), checkpoint.metadata.class_names, checkpoint.metadata, sha256(path))
+
+
+def _content(path: Path) -> Any:
+    """Return what a torch file holds, or None; nothing in it is run. The released files also hold a score, a NumPy number."""
+    numpy_scalar = [
+        (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+        np._core.multiarray.scalar,  # type: ignore[attr-defined]
+        np.dtype,
+        type(np.dtype(np.float64)),
+        type(np.dtype(np.float32)),
+    ]
+    try:
+        with torch.serialization.safe_globals(numpy_scalar):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        return None  # `load_checkpoint` says what is wrong with it
+
+
+def _from_transformers(name: str) -> _Found:
+    try:
+        from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"hf:{name} needs transformers. Install it with: pip install 'aicsd-deploy[models]'"
+        ) from error
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever the hub, the network or the files raise
+        raise InputError(
+            f"hf:{name} cannot be loaded as a semantic-segmentation network of transformers ({type(error).__name__}: "
+            f"{first_line(error)}). Give a folder that save_pretrained wrote, or a name on the hub and a network connection."
+        ) from error
+    labels = [str(label) for _, label in sorted(model.config.id2label.items())]
+    generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+    metadata = _plain_metadata(f"hf:{name}")
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        metadata = metadata.replace(mean=_three(processor.image_mean), std=_three(processor.image_std))
+    except (OSError, ValueError, AttributeError, ImportError):
+        say(f"hf:{name} does not say how its images are normalised; ImageNet's statistics are taken.")
+    return _Found(LogitsOf(model), None if generic else labels, metadata)
+
+
+def _from_torchvision(rest: str) -> _Found:
+    from torchvision import models as tv
+
+    name, _, weights_file = rest.partition(":")
+    if name not in tv.list_models(module=tv.segmentation):
+        raise InputError(
+            f"torchvision has no segmentation network {name!r}; it has {', '.join(tv.list_models(module=tv.segmentation))}."
+        )
+    metadata = _plain_metadata(f"torchvision:{name}")
+    voc = [c.name for c in VOC_CLASSES]
+    if not weights_file:
+        try:
+            return _Found(LogitsOf(tv.get_model(name, weights="DEFAULT")), voc, metadata)
+        except OSError as error:
+            raise InputError(
+                f"The weights of torchvision:{name} cannot be downloaded ({first_line(error)}). Download them elsewhere and give "
+                f"torchvision:{name}:WEIGHTS.pth."
+            ) from error
+    path = existing_file(Path(weights_file).expanduser(), "The weights file")
+    state = _content(path)
+    classifier = (
+        [k for k in state if k.startswith("classifier.") and k.endswith(".weight")] if isinstance(state, dict) else []
+    )
+    try:
+        count = state[classifier[-1]].shape[0]
+        auxiliary = any(k.startswith("aux_classifier.") for k in state)
+        options = {} if name.startswith("lraspp") else {"aux_loss": auxiliary}
+        model = tv.get_model(name, weights=None, weights_backbone=None, num_classes=count, **options)
+        model.load_state_dict(state)
+    except (IndexError, RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} does not hold the state dict of torchvision's {name}: {first_line(error)}") from error
+    return _Found(LogitsOf(model), voc if count == len(voc) else None, metadata, sha256(path))
+
+
+def _from_smp(folder: str) -> _Found:
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"smp:{folder} needs segmentation_models_pytorch. Install it with: pip install 'aicsd-deploy[models]'"
+        ) from error
+    if not Path(folder).expanduser().is_dir():
+        raise InputError(
+            f"smp:{folder}: a teacher of segmentation_models_pytorch is a folder that model.save_pretrained(FOLDER) wrote, and "
+            f"{folder} is none. A network without trained weights teaches nothing."
+        )
+    try:
+        model: nn.Module = smp.from_pretrained(str(Path(folder).expanduser()))
+    except Exception as error:  # whatever the file or the library raises
+        raise InputError(f"smp:{folder} cannot be loaded ({type(error).__name__}: {first_line(error)}).") from error
+    return _Found(LogitsOf(model), None, _plain_metadata(f"smp:{folder}"))
+
+
+@torch.no_grad()
+def _count_classes(network: nn.Module, name: str) -> int:
+    try:
+        output = network.eval()(torch.zeros(1, 3, 128, 128))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"The teacher {name} cannot take a 128x128 image: {first_line(error)}") from error
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        raise InputError(f"The teacher {name} must give logits (B, C, h, w), not {type(output).__name__}.")
+    return output.shape[1]
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(v) for v in values)
+    return (red, green, blue)

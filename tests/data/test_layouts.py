@@ -1,0 +1,215 @@
+"""Data sets in their official layout and label coding, and what contradicts itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import COLORS, NETWORK_WITH_BACKBONE, call_script
+from PIL import Image
+from scipy.io import savemat
+
+from aicsd_deploy.data.cityscapes import CITYSCAPES_CLASSES, TRAIN_IDS
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.data.voc import VOC_CLASSES
+from aicsd_deploy.errors import InputError
+
+TRAIN_ID_ORDER = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+
+
+def picture(seed: int, size_hw: tuple[int, int] = (40, 56)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size_hw, 3), dtype=np.uint8)
+
+
+def write_cityscapes(root: Path) -> Path:
+    """Two cities for training, one for validation; masks hold every label id and the 255 of -1."""
+    seed = 0
+    for split, cities in (("train", ("aachen", "bochum")), ("val", ("lindau",))):
+        for city in cities:
+            for frame in range(2):
+                stem = f"{city}_{frame:06d}_000019"
+                images, labels = root / "leftImg8bit" / split / city, root / "gtFine" / split / city
+                for folder in (images, labels):
+                    folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture(seed)).save(images / f"{stem}_leftImg8bit.png")
+                ids = np.resize(np.array([*range(34), 255], np.uint8), (40, 56))
+                Image.fromarray(ids).save(labels / f"{stem}_gtFine_labelIds.png")
+                for other in ("instanceIds", "labelTrainIds", "color"):  # what else lies there is left alone
+                    Image.fromarray(ids).save(labels / f"{stem}_gtFine_{other}.png")
+                seed += 1
+    return root
+
+
+def write_voc(root: Path, *, train: int = 4, val: int = 2) -> Path:
+    base = root / "VOCdevkit/VOC2012"
+    palette = [v for c in VOC_CLASSES for v in c.color_rgb]
+    stems = [f"2007_{i:06d}" for i in range(train + val)]
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (base / folder).mkdir(parents=True)
+    for i, stem in enumerate(stems):
+        size = (40, 56) if i % 2 else (56, 40)
+        Image.fromarray(picture(i, size)).save(base / "JPEGImages" / f"{stem}.jpg")
+        values = np.full(size, i % 21, np.uint8)
+        values[:20], values[20:22] = 15, 255
+        mask = Image.fromarray(values, mode="P")
+        mask.putpalette(palette + [0] * (765 - len(palette)) + [224, 224, 192])
+        mask.save(base / "SegmentationClass" / f"{stem}.png")
+    for name, chosen in (("train", stems[:train]), ("val", stems[train:]), ("trainval", stems)):
+        (base / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(chosen) + "\n")
+    return root
+
+
+def write_sbd(root: Path, stems: list[str]) -> None:
+    """SBD's own release: .mat files, and lists that overlap with VOC's."""
+    base = root / "benchmark_RELEASE/dataset"
+    (base / "cls").mkdir(parents=True)
+    for stem in stems:
+        values = np.zeros((40, 56), np.uint8)
+        values[5:] = 7
+        savemat(base / "cls" / f"{stem}.mat", {"GTcls": {"Segmentation": values, "Boundaries": 0}})
+        jpg = root / "VOCdevkit/VOC2012/JPEGImages" / f"{stem}.jpg"
+        if not jpg.exists():
+            Image.fromarray(picture(99)).save(jpg)
+    (base / "train.txt").write_text("\n".join(stems[:2]) + "\n")
+    (base / "val.txt").write_text("\n".join(stems[2:]) + "\n")
+
+
+def test_cityscapes_label_ids_become_train_ids(tmp_path: Path) -> None:
+    dataset = open_dataset(f"cityscapes:{write_cityscapes(tmp_path)}", "train")
+    assert len(dataset) == 4
+    assert [dataset.name(i)[:6] for i in range(4)] == ["aachen", "aachen", "bochum", "bochum"]
+    image, labels = dataset.load(0)
+    assert (image == picture(0)).all()
+    expected = [TRAIN_ID_ORDER.index(i) if i in TRAIN_ID_ORDER else 255 for i in [*range(34), 255]]
+    assert labels.ravel()[:35].tolist() == expected
+    assert sum(v != 255 for v in TRAIN_IDS.values()) == len(CITYSCAPES_CLASSES) == 19
+    assert [c.name for c in CITYSCAPES_CLASSES[:3]] == ["road", "sidewalk", "building"]
+    assert CITYSCAPES_CLASSES[-1].name == "bicycle"
+
+
+def test_cityscapes_without_a_mask_or_an_archive_is_said(tmp_path: Path) -> None:
+    write_cityscapes(tmp_path)
+    next((tmp_path / "gtFine/val/lindau").glob("*labelIds.png")).unlink()
+    with pytest.raises(InputError, match=r"labelIds\.png does not exist"):
+        open_dataset(f"cityscapes:{tmp_path}", "val")
+    shutil.rmtree(tmp_path / "gtFine")
+    with pytest.raises(InputError, match=r"gtFine_trainvaltest\.zip"):
+        open_dataset(f"cityscapes:{tmp_path}", "train")
+
+
+def test_voc_palette_masks(tmp_path: Path) -> None:
+    dataset = open_dataset(f"voc:{write_voc(tmp_path)}", "train")
+    assert len(dataset) == 4
+    assert len(VOC_CLASSES) == 21
+    image, labels = dataset.load(2)
+    assert image.shape == (56, 40, 3)
+    assert sorted(np.unique(labels)) == [2, 15, 255]
+    assert (labels[20:22] == 255).all()
+    assert len(open_dataset(f"voc:{tmp_path / 'VOCdevkit'}", "val")) == 2
+    with pytest.raises(InputError, match="neither"):
+        open_dataset(f"vocaug:{tmp_path}", "train")
+
+
+def test_vocaug_from_sbds_own_release(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    # One image of VOC's training set, one of its validation set, two that only SBD has.
+    write_sbd(tmp_path, ["2007_000001", "2007_000005", "2008_000001", "2008_000002"])
+    dataset = open_dataset(f"vocaug:{tmp_path}", "train")
+    names = [dataset.name(i) for i in range(len(dataset))]
+    assert names == [f"2007_{i:06d}" for i in range(4)] + ["2008_000001", "2008_000002"], "VOC's val is held out"
+    assert sorted(np.unique(dataset.load(1)[1])) == [1, 15, 255], "VOC's own labels where it has them"
+    assert dataset.load(4)[1][:6, 0].tolist() == [0] * 5 + [7]
+    (tmp_path / "benchmark_RELEASE/dataset/cls/2008_000002.mat").write_bytes(b"no mat")
+    with pytest.raises(InputError, match=r"2008_000002\.mat is no label file of SBD"):
+        dataset.load(5)
+
+
+def test_vocaug_from_the_usual_folder(tmp_path: Path) -> None:
+    base = write_voc(tmp_path) / "VOCdevkit/VOC2012"
+    (base / "SegmentationClassAug").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((40, 56) if i % 2 else (56, 40), 3, np.uint8)).save(
+            base / f"SegmentationClassAug/2007_{i:06d}.png"
+        )
+    listed = base / "ImageSets/Segmentation/trainaug.txt"
+    listed.write_text("".join(f"2007_{i:06d}\n" for i in range(4)))
+    assert (open_dataset(f"vocaug:{tmp_path}", "train").load(3)[1] == 3).all()
+    listed.write_text("2007_000000\n2007_000004\n")
+    with pytest.raises(InputError, match=r"trainaug\.txt names 1 images that are in val\.txt too, 2007_000004"):
+        open_dataset(f"vocaug:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "voc"])
+def test_two_steps_and_a_score_by_the_papers_protocol(name: str, tmp_path: Path) -> None:
+    (write_cityscapes if name == "cityscapes" else write_voc)(tmp_path / "data")
+    (tmp_path / "small_network.py").write_text(NETWORK_WITH_BACKBONE)
+    common = [
+        "--data",
+        f"{name}:data",
+        "--model",
+        "small_network:small",
+        "--epochs",
+        1,
+        "--batch-size",
+        2,
+        "--threads",
+        1,
+    ]
+    size = ["--image-size", "40x56", "--crop-size", "32x32", "--keep-aspect", "--scale", 0.5, 2.0]
+    result = call_script("train/teacher.py", *common, *size, "--out", "t", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    flags = ["--native", "--window", "32x32", "--scales", "0.75,1", "--flip"]
+    result = call_script("train/evaluate.py", "t/best.pt", *flags, "--json", "scores.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["images"] == 2
+    assert scores["protocol"] == {"native": True, "window_hw": [32, 32], "scales": [0.75, 1.0], "flip": True}
+
+
+def test_masks_in_colours_of_the_class_list(folder_data: Path) -> None:
+    plain = open_dataset(f"folder:{folder_data}", "train").load(0)[1]
+    with (folder_data / "classes.txt").open("a") as file:
+        file.write("255 void 0 0 0\n")
+    colors = np.vstack([COLORS, np.zeros((253, 3), np.uint8)])
+    path = folder_data / "train/labels/000.png"
+    Image.fromarray(colors[plain]).save(path)
+    assert (open_dataset(f"folder:{folder_data}", "train").load(0)[1] == plain).all()
+
+
+def test_all_images_in_one_folder_with_split_lists(folder_data: Path, tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        shutil.move(folder_data / "train" / kind, folder_data / kind)
+    shutil.rmtree(folder_data / "train")
+    shutil.rmtree(folder_data / "val")
+    (folder_data / "train.txt").write_text("".join(f"{i:03d}\n" for i in range(8)))
+    (folder_data / "val.txt").write_text("008\n009\n")
+    assert len(open_dataset(f"folder:{folder_data}", "train")) == 8
+    (folder_data / "val.txt").write_text("007\n009\n")
+    result = call_script("train/teacher.py", "--data", f"folder:{folder_data}", "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "1 of the 2 images" in result.stderr
+    assert "in train too, 007.png" in result.stderr
+    (folder_data / "val.txt").write_text("008\n009\n008\n")
+    with pytest.raises(InputError, match="names '008' twice"):
+        open_dataset(f"folder:{folder_data}", "val")
+
+
+def test_a_set_of_one_channel_is_refused_and_a_single_grey_image_is_not(folder_data: Path, tmp_path: Path) -> None:
+    grey = sorted((folder_data / "train/images").iterdir())
+    Image.open(grey[0]).convert("L").save(grey[0])
+    result = call_script(
+        "train/teacher.py", "--data", f"folder:{folder_data}", "--check-data", "--out", "x", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    for path in grey:
+        Image.open(path).convert("L").save(path)
+    result = call_script("train/teacher.py", "--data", f"folder:{folder_data}", "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Every image" in result.stderr
+    assert "one channel" in result.stderr
+    Image.fromarray(np.full((48, 64), 40000, np.uint16)).save(grey[0])
+    with pytest.raises(InputError, match="16 bits"):
+        open_dataset(f"folder:{folder_data}", "train").load(0)

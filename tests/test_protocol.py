@@ -1,0 +1,82 @@
+"""Scoring by the papers' protocol: what is averaged, and that nothing shifts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from aicsd_deploy.metadata import Metadata, SegClass
+from aicsd_deploy.protocol import Protocol, ProtocolSegmenter, _starts
+
+CLASSES = tuple(SegClass(n, (0, 0, i)) for i, n in enumerate("abc"))
+METADATA = Metadata(model="x", classes=CLASSES, image_size_hw=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+
+
+class Brightest(nn.Module):
+    """Takes the brightest of red, green and blue as the class: right at every size, wherever a window lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(tuple(images.shape[2:]))
+        return 20 * images
+
+
+def frame() -> np.ndarray:
+    """Blocks of 10 in pure colours, 50x70, blue, green, red."""
+    labels = np.kron(np.random.default_rng(0).integers(0, 3, (5, 7)), np.ones((10, 10), np.int64))
+    return np.ascontiguousarray((255 * np.eye(3, dtype=np.uint8)[labels])[..., ::-1])
+
+
+def test_every_way_gives_the_labels_of_a_network_that_is_right_everywhere() -> None:
+    truth = frame()[..., ::-1].argmax(axis=2)
+    for protocol in (
+        Protocol(native=True),
+        Protocol(native=True, flip=True),
+        Protocol(native=True, window_hw=(32, 48)),
+        Protocol(native=True, window_hw=(64, 64)),
+        Protocol(native=True, window_hw=(16, 16), scales=(1.0, 2.0), flip=True),
+    ):
+        segmenter = ProtocolSegmenter(Brightest(), METADATA, protocol, device=torch.device("cpu"))
+        assert (segmenter(frame()) == truth).all(), protocol
+
+
+def test_sizes_that_the_network_sees() -> None:
+    for protocol, expected in (
+        (Protocol(native=True), {(64, 96)}),  # 50x70 padded to multiples of 32
+        (Protocol(), {(32, 32)}),
+        (Protocol(scales=(1.0, 2.0)), {(32, 32), (64, 64)}),
+        (Protocol(native=True, window_hw=(32, 64)), {(32, 64)}),
+    ):
+        network = Brightest()
+        ProtocolSegmenter(network, METADATA, protocol, device=torch.device("cpu"))(frame())
+        assert set(network.sizes) == expected
+
+
+def test_scales_and_mirror_are_averaged_as_probabilities() -> None:
+    class Leaning(nn.Module):
+        """Says `a` on the left half and is surer of `b` on the right: mirrored, the surer one wins everywhere."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(1, 3, *images.shape[2:])
+            half = images.shape[3] // 2
+            logits[:, 0, :, :half], logits[:, 1, :, half:] = 1.0, 2.0
+            return logits
+
+    image = np.zeros((32, 64, 3), np.uint8)
+    both = ProtocolSegmenter(Leaning(), METADATA, Protocol(native=True, flip=True), device=torch.device("cpu"))
+    assert (both(image) == 1).all()
+    once = ProtocolSegmenter(Leaning(), METADATA, Protocol(native=True), device=torch.device("cpu"))
+    assert once(image)[0, 0] == 0
+
+
+def test_windows_cover_everything_and_overlap() -> None:
+    assert list(_starts(100, 100)) == [0]
+    assert list(_starts(200, 100)) == [0, 66, 100]
+    covered = np.zeros(333, bool)
+    for start in _starts(333, 90):
+        covered[start : start + 90] = True
+    assert covered.all()

@@ -1,0 +1,125 @@
+"""A study: its statistics by hand, and one that is run, stopped, gone on with and asked for something else."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import NETWORK_WITH_BACKBONE, call_script, write_folder_dataset
+
+from aicsd_deploy.study.results import paired_difference
+
+RECIPE = """
+data: folder:data
+model: small_network:small
+batch_size: 4
+epochs: 2
+val_every: 1
+threads: 1
+warmup_steps: 2
+lr: 0.02
+seeds: [0, 1]
+teacher_recipe: {model: "small_network:small", epochs: 4}
+variants:
+  gentle: {method: aicsd, balance: 0.1, alw_routing: kd-fades}
+"""
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("study")
+    write_folder_dataset(work / "data")
+    (work / "small_network.py").write_text(NETWORK_WITH_BACKBONE)
+    (work / "study.yaml").write_text(RECIPE)
+    result = study(work, "--methods", "none,kd", "--seeds", "0")
+    assert result.returncode == 0, result.stderr
+    (work / "first").write_text(str((work / "out/cells/kd-seed0/best.pt").stat().st_mtime_ns))
+    result = study(work, "--methods", "none,kd,gentle")
+    assert result.returncode == 0, result.stderr
+    return work
+
+
+def study(work: Path, *arguments: str):  # type: ignore[no-untyped-def]
+    return call_script("train/study.py", "--config", "study.yaml", "--out", "out", *arguments, cwd=work)
+
+
+def test_a_study_goes_on_and_leaves_table_and_pictures(studied: Path) -> None:
+    out = studied / "out"
+    assert int((studied / "first").read_text()) == (out / "cells/kd-seed0/best.pt").stat().st_mtime_ns, "not run twice"
+    found = json.loads((out / "study.json").read_text())
+    assert list(found["methods"]) == ["none", "kd", "gentle"]
+    assert {(c["name"], c["seed"]) for c in found["cells"]} == {(n, s) for n in found["methods"] for s in (0, 1)}
+    for cell in found["cells"]:
+        last = (out / "cells" / f"{cell['name']}-seed{cell['seed']}" / "metrics.jsonl").read_text().splitlines()[-1]
+        assert cell["miou"] == json.loads(last)["val"]["miou"]
+        assert cell["peak_memory_mib"] > 0
+    scores = {n: [c["miou"] for c in found["cells"] if c["name"] == n] for n in found["methods"]}
+    kd = found["methods"]["kd"]
+    assert kd["miou_mean"] == pytest.approx(sum(scores["kd"]) / 2)
+    assert kd["miou_sd"] == pytest.approx(abs(scores["kd"][0] - scores["kd"][1]) / math.sqrt(2))
+    ce = sum(scores["none"]) / 2
+    assert kd["gap_closed"] == pytest.approx((kd["miou_mean"] - ce) / (found["teacher"]["miou"] - ce))
+    assert found["methods"]["gentle"]["minus_kd"]["seeds"] == 2
+    assert "| gentle |" in (out / "study.md").read_text()
+    for picture in ("curves.png", "classes.png", "strip.png"):
+        assert (out / picture).stat().st_size > 1000
+
+
+def test_the_cells_of_a_seed_start_from_the_same_weights_and_see_the_same_images(studied: Path) -> None:
+    first = {}
+    for name in ("none", "kd", "gentle"):
+        lines = (studied / f"out/cells/{name}-seed0/metrics.jsonl").read_text().splitlines()
+        first[name] = json.loads(lines[0])["terms"]["ce"]
+    assert first["none"] == first["kd"] == first["gentle"]
+
+
+def test_what_a_cell_cannot_be_is_said_before_anything_runs(studied: Path) -> None:
+    result = study(studied, "--methods", "none,magic")
+    assert result.returncode == 2
+    assert "no method or variant 'magic'" in result.stderr
+    assert "gentle" in result.stderr
+    result = study(studied, "--methods", "none", "--epochs", "3")
+    assert result.returncode == 2
+    assert "epochs: was 2, now 3" in result.stderr
+    result = study(studied, "--seeds", "zero")
+    assert result.returncode == 2
+    assert "zero" in result.stderr
+
+
+def test_adapters_are_saved_with_the_run_and_not_with_the_student(studied: Path) -> None:
+    arguments = ["--config", "study.yaml", "--teacher", "out/teacher/best.pt"]
+    recipe = [
+        line
+        for line in RECIPE.splitlines()
+        if line.split(":")[0] not in ("seeds", "teacher_recipe", "variants", "  gentle")
+    ]
+    (studied / "recipe.yaml").write_text("\n".join(recipe))
+    arguments[1] = "recipe.yaml"
+    result = call_script(
+        "train/distill.py", *arguments, "--method", "ickd", "--balance", 0.5, "--out", "ickd", cwd=studied
+    )
+    assert result.returncode == 0, result.stderr
+    last = torch.load(studied / "ickd/last.pt", weights_only=True)
+    assert set(last["training"]["loss"]) == {"gradient_ce", "gradient_ickd", "adapter.weight"}
+    assert last["training"]["loss"]["adapter.weight"].shape == (16, 16, 1, 1)
+    assert not any("adapter" in name for name in torch.load(studied / "ickd/best.pt", weights_only=True)["model"])
+
+
+def cells(*scores: float) -> list[dict[str, float]]:
+    return [{"seed": seed, "miou": score} for seed, score in enumerate(scores)]
+
+
+def test_paired_difference_by_hand() -> None:
+    found = paired_difference(cells(0.5, 0.6, 0.7), cells(0.4, 0.4, 0.4))
+    assert found is not None
+    assert found["mean"] == pytest.approx(0.2)
+    assert found["standard_error"] == pytest.approx(0.1 / math.sqrt(3))
+    reach = 4.302653 * 0.1 / math.sqrt(3)  # Student's t, two degrees of freedom, 97.5 %
+    assert found["ci95"] == pytest.approx([0.2 - reach, 0.2 + reach], rel=1e-5)
+    assert paired_difference(cells(0.5), []) is None
+    only = paired_difference(cells(0.5), cells(0.4))
+    assert only is not None
+    assert only["ci95"] is None

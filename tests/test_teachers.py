@@ -1,0 +1,187 @@
+"""Teachers from elsewhere: each gives what its own library computes, and its classes are made to fit or refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import NETWORK_WITH_BACKBONE, TINY, call_script, write_folder_dataset
+from torch import nn
+
+from aicsd_deploy.class_map import RemappedClasses, match_classes
+from aicsd_deploy.data.voc import VOC_CLASSES
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import SegClass
+from aicsd_deploy.models.published import _their_name, build_published
+from aicsd_deploy.teachers import open_teacher
+
+CLASSES = tuple(SegClass(name, (i, 0, 0)) for i, name in enumerate(("red", "green", "blue")))
+IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+def save_segformer(folder: Path, labels: list[str] | None = None, *, mean: float = 0.5) -> nn.Module:
+    """Write a small random SegFormer as a user has it in a folder."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+    torch.manual_seed(0)
+    names = (
+        {}
+        if labels is None
+        else {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    )
+    config = SegformerConfig(
+        num_labels=3 if labels is None else len(labels),
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 16, 24, 32],
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=16,
+        **names,
+    )
+    model = SegformerForSemanticSegmentation(config)
+    model.save_pretrained(folder)
+    SegformerImageProcessor(image_mean=[mean] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+    return model.eval()
+
+
+def test_a_segformer_gives_its_logits_in_our_order_with_its_normalisation(tmp_path: Path) -> None:
+    model = save_segformer(tmp_path / "hf", ["Blue", "red", "green"])
+    for name in (f"hf:{tmp_path / 'hf'}", str(tmp_path / "hf")):
+        teacher = open_teacher(name, CLASSES)
+        with torch.no_grad():
+            torch.testing.assert_close(teacher.network(IMAGES), model(IMAGES).logits[:, [1, 2, 0]])
+    assert teacher.metadata.mean == (0.5, 0.5, 0.5)
+    assert teacher.metadata.std == (0.25, 0.25, 0.25)
+    assert teacher.known_classes is None
+    assert len(teacher.digest) == 64
+
+
+def test_unnamed_classes_are_taken_in_order_and_another_number_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_segformer(tmp_path / "hf")
+    assert open_teacher(f"hf:{tmp_path / 'hf'}", CLASSES).network(IMAGES).shape[1] == 3
+    assert "in the order of the data set" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"(?s)3 classes\n.*2 classes: red, green\n.*--class-map"):
+        open_teacher(f"hf:{tmp_path / 'hf'}", CLASSES[:2])
+
+
+def test_a_class_map_merges_and_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "map.yaml"
+    path.write_text("red: [fire, 2]\ngreen: Grass\n")
+    groups = match_classes(["grass", "fire", "rust"], 3, ["red", "green", "blue"], class_map=path, teacher="t")
+    assert groups == [[1, 2], [0], []]
+    logits = torch.randn(2, 3, 4, 4)
+    out = RemappedClasses(nn.Identity(), groups)(logits)
+    p, q = logits.softmax(1), out.softmax(1)
+    torch.testing.assert_close(q[:, 0], p[:, 1] + p[:, 2])
+    torch.testing.assert_close(q[:, 1], p[:, 0])
+    assert q[:, 2].max() == 0
+    for text, expected in (
+        ("pink: fire", "no class of the data set"),
+        ("red: water", "no class of the teacher"),
+        ("red: 7", "no class of the teacher"),
+        ("red: fire", "fewer than two"),
+        ("- red", "must hold lines"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=expected):
+            match_classes(["grass", "fire", "rust"], 3, ["red", "green", "blue"], class_map=path, teacher="t")
+
+
+def test_torchvision_and_smp_from_files(tmp_path: Path) -> None:
+    import segmentation_models_pytorch as smp
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=21).eval()
+    torch.save(model.state_dict(), tmp_path / "tv.pth")
+    teacher = open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'tv.pth'}", VOC_CLASSES)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.network(IMAGES), model(IMAGES)["out"])
+    with pytest.raises(InputError, match=r"(?s)21 classes: background.*--class-map"):
+        open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'tv.pth'}", CLASSES)
+    with pytest.raises(InputError, match="no segmentation network 'resnet18'"):
+        open_teacher("torchvision:resnet18", CLASSES)
+    model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()
+    model.save_pretrained(tmp_path / "smp")
+    teacher = open_teacher(f"smp:{tmp_path / 'smp'}", CLASSES)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.network(IMAGES), model(IMAGES))
+    with pytest.raises(InputError, match="save_pretrained"):
+        open_teacher("smp:Unet:resnet34", CLASSES)
+
+
+def published_state(classes: int) -> tuple[dict[str, torch.Tensor], nn.Module]:
+    """A checkpoint in the format of the paper's teachers, ResNet-50, with random weights; and our network that it was made from."""
+    from aicsd_deploy.models.backbones import resnet
+    from aicsd_deploy.models.deeplab import DeepLabV3Plus
+
+    torch.manual_seed(0)
+    network = DeepLabV3Plus(resnet(50), classes)
+    state = {_their_name(k): v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    return state, network
+
+
+def test_the_papers_checkpoint_format(tmp_path: Path) -> None:
+    import numpy as np
+
+    state, ours = published_state(21)
+    expected_names = {
+        "backbone.conv1.weight", "backbone.bn1.running_mean", "backbone.layer1.0.conv3.weight", "backbone.layer4.2.bn3.bias",
+        "backbone.layer2.0.downsample.0.weight", "aspp.aspp1.atrous_conv.weight", "aspp.aspp4.bn.running_var",
+        "aspp.global_avg_pool.1.weight", "aspp.global_avg_pool.2.bias", "aspp.conv1.weight", "aspp.bn1.weight",
+        "decoder.conv1.weight", "decoder.bn1.weight", "decoder.last_conv.0.weight", "decoder.last_conv.1.weight",
+        "decoder.last_conv.4.weight", "decoder.last_conv.5.weight", "decoder.last_conv.8.weight", "decoder.last_conv.8.bias",
+    }  # fmt: skip
+    assert expected_names <= state.keys()
+    assert not any(re.match(r"backbone\.stages|aspp\.(branches|pool|project)|low_level|classifier", k) for k in state)
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}, "best_pred": np.float64(0.7)}, path
+    )
+    teacher = open_teacher(str(path), VOC_CLASSES)
+    for name, value in teacher.network.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, ours.state_dict()[name]), name
+    dilations = [block.conv2.dilation[0] for block in teacher.network.backbone.stages[3]]  # type: ignore[union-attr]
+    assert dilations == [2, 4, 8]
+    assert teacher.network(IMAGES[:1, :, :33, :33]).shape[:2] == (1, 21)
+    del state["aspp.conv1.weight"]
+    with pytest.raises(InputError, match=r"1 tensors are missing.*aspp\.conv1\.weight"):
+        build_published(state, origin="x.pth")
+    with pytest.raises(InputError, match="ResNet-50 or ResNet-101"):
+        build_published({k: v for k, v in state.items() if "layer3.5" not in k}, origin="x.pth")
+
+
+def test_distilling_from_a_segformer_and_from_own_code(tmp_path: Path) -> None:
+    write_folder_dataset(tmp_path / "data")
+    save_segformer(tmp_path / "hf", ["red", "green", "blue"])
+    (tmp_path / "small_network.py").write_text(NETWORK_WITH_BACKBONE)
+    common = [*TINY, "--epochs", 1]
+    for number, arguments in enumerate(
+        (
+            ["--teacher", "hf:hf", "--student", "deeplabv3plus_resnet18", "--image-size", "64x64"],
+            ["--teacher", "hf:hf", "--student", "small_network:small", "--method", "ickd"],
+            ["--teacher", "small_network:small", "--student", "small_network:small", "--method", "at"],
+        )
+    ):
+        result = call_script("train/distill.py", *common, *arguments, "--out", f"s{number}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "teacher's val mIoU" in result.stderr
+    result = call_script("train/distill.py", *common, *arguments, "--out", "s2", "--resume", "auto", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_teacher_of_fewer_classes_and_other_names_through_the_command(tmp_path: Path) -> None:
+    write_folder_dataset(tmp_path / "data")
+    save_segformer(tmp_path / "hf", ["grass", "fire"])
+    (tmp_path / "small_network.py").write_text(NETWORK_WITH_BACKBONE)
+    (tmp_path / "map.yaml").write_text("red: fire\ngreen: grass\n")
+    arguments = [*TINY, "--epochs", 1, "--student", "small_network:small", "--teacher", "hf:hf", "--out", "s"]
+    result = call_script("train/distill.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--class-map" in result.stderr
+    result = call_script("train/distill.py", *arguments, "--class-map", "map.yaml", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "does not know blue" in result.stderr
