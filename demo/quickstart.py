@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     heading("2/6 the student on its own, to compare with")
     alone = distill(STUDENT.model_copy(update={"method": "none"}), out / "student-alone", resume=True)
     heading("3/6 the student, distilled with AICSD")
-    student = distill(STUDENT.model_copy(update={"teacher": out / "teacher" / "best.pt"}), out / "student", resume=True)
+    student = distill(
+        STUDENT.model_copy(update={"teacher": str(out / "teacher" / "best.pt")}), out / "student", resume=True
+    )
     checkpoints = [str(out / name / "best.pt") for name in ("teacher", "student-alone", "student")]
     heading("4/6 ONNX file")
     command("export/to_onnx.py", checkpoints[-1], "-o", str(out / "student.onnx"))
