@@ -74,6 +74,7 @@ def main() -> None:
                 os._exit(end.code if isinstance(end.code, int) else 1)
             os._exit(0)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(f"{len(codes)}: {case.get('at')} {case.get('n')}: {codes[-1]}", file=sys.stderr, flush=True)
     print(json.dumps(codes))
 
 
