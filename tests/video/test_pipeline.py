@@ -13,10 +13,12 @@ import pytest
 from video_helpers import CLASSES, SHARED_VIDEOS, Numbered, Threshold, encode, grey_frames, read_back, within
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.video.figures import STAGES
 from aicsd_deploy.video.overlay import Overlay
-from aicsd_deploy.video.pipeline import STAGES, process_video
-from aicsd_deploy.video.sinks import Mp4Sink, Sink
+from aicsd_deploy.video.pipeline import process_video
+from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, Source, open_source
+from aicsd_deploy.video.video_writer import Mp4Sink
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 
