@@ -103,7 +103,8 @@ class Overlay:
 
 def _inside(labels: UInt8Array, width_px: int) -> UInt8Array:
     """Return 255 where all pixels within half of `width_px` have the same label, 0 along the borders."""
-    window = np.ones((max(2, width_px), max(2, width_px)), np.uint8)
+    side = max(3, width_px | 1)  # odd, so that the line lies in the middle
+    window = np.ones((side, side), np.uint8)
     same = cv2.compare(cv2.erode(labels, window), cv2.dilate(labels, window), cv2.CMP_EQ)
     return np.asarray(same, dtype=np.uint8)
 

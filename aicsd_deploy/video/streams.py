@@ -120,6 +120,7 @@ class GStreamerConnection(StreamConnection):
             raise InputError(f"The GStreamer pipeline gives no video: {self._complaint() or error}") from error
         finally:
             too_late.cancel()
+            too_late.join()
 
     def _reached_end(self, last_s: float) -> bool:
         if self._process.wait(timeout=READ_TIMEOUT_S) == 0:
@@ -155,8 +156,9 @@ def open_stream(address: str) -> Source:
     name = without_password(address)
     if not address.startswith(("rtsp://", "rtsps://")):
         first = StreamConnection(address, name=name)
+        has_an_end = first.duration_s is not None
         first.close()
-        if first.duration_s is not None:
+        if has_an_end:
             return FileSource(address, name=name)
     return LiveSource(name, lambda: StreamConnection(address, name=name))
 
