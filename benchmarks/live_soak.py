@@ -133,18 +133,23 @@ def report(fps: int, server: Server, watcher: Watcher, summary: dict[str, Any]) 
     found = {
         "fps_sent": fps,
         "server_kills": server.kills,
-        "age_ms": {f"p{q}": float(np.percentile(ages, q)) for q in (50, 90, 99)} | {"max": float(ages.max())},
+        "true_age_ms": {f"p{q}": float(np.percentile(ages, q)) for q in (50, 90, 99)} | {"max": float(ages.max())},
         "age_limit_ms": limit_ms,
         "share_over_limit": float((ages > limit_ms).mean()),
         "share_over_limit_with_p99_inference": float((ages > 2000 / fps + infer["p99"]).mean()),
         "longest_gap_ms": float(np.max(watcher.gaps_ms)),
-        "memory_mib": {"after_a_fifth": float(settled[0]), "end": float(settled[-1]), "max": float(settled.max())},
+        "memory_mib": {
+            "after_a_fifth": float(settled[0]),
+            "end": float(settled[-1]),
+            "max": float(settled.max()),
+            "every_10_s": [round(v) for v in memory],
+        },
         **summary,
     }
     say(
         f"{summary['frames_out']} of {summary['frames_in']} frames shown, {summary['reconnects']} reconnections after "
-        f"{server.kills} kills; age {found['age_ms']['p50']:.0f} ms p50, {found['age_ms']['p99']:.0f} p99, "
-        f"{found['age_ms']['max']:.0f} at most; over {limit_ms:.0f} ms: {100 * found['share_over_limit']:.2f} %; memory "
+        f"{server.kills} kills; age {found['true_age_ms']['p50']:.0f} ms p50, {found['true_age_ms']['p99']:.0f} p99, "
+        f"{found['true_age_ms']['max']:.0f} at most; over {limit_ms:.0f} ms: {100 * found['share_over_limit']:.2f} %; memory "
         f"{settled[0]:.0f} -> {settled[-1]:.0f} MiB"
     )
     return found

@@ -22,7 +22,7 @@ from aicsd_deploy.bench.environment import environment
 from aicsd_deploy.cli import Parser, add_json_flag, positive_int, run, write_result
 from aicsd_deploy.console import say
 from aicsd_deploy.runtime.base import open_backend
-from aicsd_deploy.video.flags import spare_one_core
+from aicsd_deploy.video.flags import share_cores
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.preview import PreviewSink
@@ -70,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--viewers", type=positive_int, default=5, help="how many")
     parser.add_argument("--rounds", type=positive_int, default=3, help="rounds of both, after one to warm up")
     parser.add_argument("--max-frames", type=positive_int, default=300, help="frames of a run")
-    parser.add_argument("--threads", type=positive_int, default=spare_one_core(), help="CPU threads for the network")
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=share_cores(device="cpu", live=True)[1],
+        help="CPU threads for the network",
+    )
     add_json_flag(parser)
     args = parser.parse_args(argv)
     pairs: list[list[float]] = []

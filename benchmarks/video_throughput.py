@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from aicsd_deploy.console import say, table
 from aicsd_deploy.runtime.base import Backend, open_backend
 from aicsd_deploy.runtime.frames import Segmenter
 from aicsd_deploy.video.figures import STAGES
-from aicsd_deploy.video.flags import spare_one_core
+from aicsd_deploy.video.flags import share_cores
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.sources import Frame, open_source
@@ -40,16 +41,24 @@ def fps_of(work: Callable[[Any], object], items: Iterable[Any]) -> float:
     return done / (time.perf_counter() - start)
 
 
-def stages_alone(path: str, backend: Backend, count: int, out: Path) -> dict[str, float]:
+def stages_alone(path: str, backends: Sequence[Backend], count: int, out: Path) -> dict[str, float]:
     """Return the frames per second of each stage that runs alone."""
     with open_source(path) as source:
         decode_fps = fps_of(lambda frame: frame, islice(source, count))
     with open_source(path) as source:
         frames = list(islice(source, count))
-        segmenter, overlay = Segmenter(backend), Overlay(backend.metadata.classes)
-        labelled: list[Frame] = []
-        infer_fps = fps_of(lambda f: labelled.append(replace(f, labels=segmenter(f.image_bgr))), frames)
-        hud = "31.5 fps   12.4 ms p50   14.1 p99   " + backend.name
+        segmenters, overlay = [Segmenter(backend) for backend in backends], Overlay(backends[0].metadata.classes)
+
+        def infer(turn: int) -> list[Frame]:
+            mine = frames[turn :: len(segmenters)]
+            return [replace(f, labels=segmenters[turn](f.image_bgr)) for f in mine]
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(segmenters)) as pool:
+            labelled = [frame for part in pool.map(infer, range(len(segmenters))) for frame in part]
+        infer_fps = len(labelled) / (time.perf_counter() - start)
+        labelled.sort(key=lambda frame: frame.index)
+        hud = "31.5 fps   12.4 ms p50   14.1 p99   " + backends[0].name
         render_fps = fps_of(lambda f: overlay.draw(f.image_bgr, f.labels, hud=hud), labelled)
         sink = Mp4Sink(out)
         start = time.perf_counter()
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("artifact", type=Path, help="the network to run")
     parser.add_argument("--source", required=True, metavar="FILE", help="the video")
     parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=positive_int, default=spare_one_core(), help="CPU threads for the network")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads of the network (default: all but one)")
     parser.add_argument(
         "--in-flight", type=positive_int, default=1, help="frames in the network at once, as for demo/video.py"
     )
@@ -73,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=positive_int, default=3, help="rounds, after one of 20 frames to warm up")
     add_json_flag(parser)
     args = parser.parse_args(argv)
+    args.threads = args.threads or share_cores(device="cpu", live=True)[1]
     backends = [open_backend(args.artifact, device=args.device, threads=args.threads) for _ in range(args.in_flight)]
     rounds = []
     with tempfile.TemporaryDirectory() as name:
@@ -82,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 overlay = Overlay(backends[0].metadata.classes)
                 result = process_video(source, backends, Mp4Sink(out), overlay=overlay, max_frames=count)
                 size_hw = source.size_hw
-            alone = stages_alone(args.source, backends[0], result.frames_out, out)
+            alone = stages_alone(args.source, backends, result.frames_out, out)
             rounds.append((result.fps, alone, {s: float(result.times_ms[s].mean()) for s in STAGES}))
     pipeline = float(np.median([fps for fps, _, _ in rounds[1:]]))
     alone_fps = {s: float(np.median([alone[s] for _, alone, _ in rounds[1:]])) for s in STAGES}

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, build the parts, run the pipeline, say what came of it."""
     # Here, so that a missing package is told like any other error.
     from aicsd_deploy.runtime.base import open_backend
-    from aicsd_deploy.video.flags import only_watched, open_sinks, parse, spare_one_core
+    from aicsd_deploy.video.flags import only_watched, open_sinks, parse, share_cores
     from aicsd_deploy.video.overlay import Overlay
     from aicsd_deploy.video.pipeline import process_video
     from aicsd_deploy.video.scoring import Scorer, true_labels
@@ -34,20 +34,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from aicsd_deploy.video.sources import open_source
 
     args = parse(__doc__, argv)
-    engine, threads = args.engine or newest_artifact(), args.threads or spare_one_core()
+    engine = args.engine or newest_artifact()
+    with open_backend(engine, device=args.device) as first:
+        about, device = first.metadata, first.device
+    show = {"opacity": args.opacity, "shown": args.classes, "contour": args.contour, "legend": not args.no_hud}
+    overlay = Overlay(about.classes, **show)
     with ExitStack() as opened:
-        backends = [opened.enter_context(open_backend(engine, device=args.device, threads=threads))]
-        in_flight = args.in_flight or (2 if backends[0].device.startswith("cuda") else 1)
-        for _ in range(1, in_flight):
-            backends.append(opened.enter_context(open_backend(engine, device=args.device, threads=threads)))
-        about = backends[0].metadata
-        show = {"opacity": args.opacity, "shown": args.classes, "contour": args.contour, "legend": not args.no_hud}
-        overlay = Overlay(about.classes, **show)
         enlarge = -(-360 // about.image_size_hw[0])  # the built-in scene is drawn large enough to look at
         scene_hw = (about.image_size_hw[0] * enlarge, about.image_size_hw[1] * enlarge)
         source = opened.enter_context(
             open_source(args.source, synthetic_hw=scene_hw, endless=only_watched(args), loop=args.loop)
         )
+        copies, threads = share_cores(device=device, live=source.live, in_flight=args.in_flight, threads=args.threads)
+        backends = [
+            opened.enter_context(open_backend(engine, device=args.device, threads=threads)) for _ in range(copies)
+        ]
         if args.source is None:
             what = "the first camera" if source.live else "the built-in street scene, since there is no camera"
             say(f"No --source is given: this shows {what}.")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             scorer = Scorer(*true_labels(args.labels, args.split, about.classes), about.class_names)
         sinks = open_sinks(args, about.classes, title=f"{about.model} {about.precision}")
         sink = SinkGroup([*sinks, *([scorer] if scorer else [])])
-        say(f"{source.name} -> {engine} ({backends[0].name} on {backends[0].device}) -> {sink.name}")
+        say(f"{source.name} -> {engine} ({backends[0].name} on {device}) -> {sink.name}")
         result = process_video(
             source, backends, sink, overlay=overlay, fit=args.fit, smooth=args.smooth, max_frames=args.max_frames
         )
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "engine": str(engine),
             "backend": backends[0].name,
             "precision": about.precision,
+            "in_flight": copies,
+            "threads": threads,
             "source": source.name,
             "output": sink.name,
             "smooth": args.smooth,

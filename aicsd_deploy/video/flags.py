@@ -87,13 +87,13 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         "--threads",
         type=positive_int,
         metavar="N",
-        help="CPU threads for the network (default: a core is left to the rest)",
+        help="CPU threads for each copy of the network (default: the cores are shared out)",
     )
     add(
         "--in-flight",
         type=positive_int,
         metavar="N",
-        help="frames of a file in the network at once (default: 2 on a GPU, 1 on a CPU)",
+        help="frames of a file in the network at once (default: 2 on a GPU, one per core up to 4 on a CPU)",
     )
     add("--max-frames", type=positive_int, metavar="N", help="stop after N frames")
     add_json_flag(parser)
@@ -155,10 +155,25 @@ def only_watched(args: argparse.Namespace) -> bool:
     return not args.output and args.labels is None
 
 
-def spare_one_core() -> int:
-    """Return the CPU threads for the network: all cores but one, which decodes, draws and encodes meanwhile."""
+MOST_COPIES = 4
+
+
+def share_cores(
+    *, device: str, live: bool, in_flight: int | None = None, threads: int | None = None
+) -> tuple[int, int | None]:
+    """Return how many copies of the network take turns, and the CPU threads of each, where the flags leave that open.
+
+    On a CPU, copies with few threads each get through a file sooner than one copy with many: convolutions do not share out
+    perfectly, and a core that one frame leaves idle works on another. A live frame would only be older for it, so there one
+    copy gets all cores but one, which decodes, draws and encodes. On a GPU two copies overlap copying with computing.
+    """
     cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
-    return max(1, cores - 1)
+    if live:
+        return 1, threads or max(1, cores - 1)
+    if device.startswith("cuda"):
+        return in_flight or 2, threads
+    copies = in_flight or (1 if threads else min(cores, MOST_COPIES))
+    return copies, threads or max(1, cores // copies)
 
 
 def opacity(text: str) -> float:

@@ -44,7 +44,7 @@ class StreamConnection(Connection):
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "SLICE"  # decoding several frames at once would delay each of them
         self.fps = self._stream.average_rate or self._stream.guessed_rate or self.fps
-        self._decoded = self._decode()
+        self._decoded: Iterator[UInt8Array] = self._decode()
 
     @property
     def duration_s(self) -> float | None:
@@ -60,6 +60,7 @@ class StreamConnection(Connection):
 
     def close(self) -> None:
         self._container.close()
+        self._decoded = iter(())  # it refers back to this object, and would keep the decoder's memory for a while
 
     def _decode(self) -> Iterator[UInt8Array]:
         last_s = 0.0

