@@ -18,7 +18,7 @@ import runpy, sys
 sys.path.insert(0, {helpers!r})
 import aicsd_deploy.runtime.base as base
 from video_helpers import Threshold
-base.open_backend = lambda path, device, threads: Threshold()
+base.open_backend = lambda path, **kwargs: Threshold()
 sys.argv = ["video.py", *sys.argv[1:]]
 runpy.run_path({script!r}, run_name="__main__")
 """
