@@ -68,7 +68,7 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         type=frames_to_last,
         metavar="N",
         default=1,
-        help="a pixel's new label must last N frames; against flicker",
+        help="a class that comes out of nothing must last N frames; against flicker",
     )
     add(
         "--fit",

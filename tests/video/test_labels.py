@@ -39,9 +39,17 @@ def smoothed(values: list[int], frames: int) -> list[int]:
 
 def test_a_new_label_is_shown_once_it_has_lasted() -> None:
     assert smoothed([0, 1, 0, 1, 1, 1, 0], 1) == [0, 1, 0, 1, 1, 1, 0]
-    assert smoothed([0, 1, 0, 1, 1, 1, 0, 0], 2) == [0, 0, 0, 0, 1, 1, 1, 0]
+    assert smoothed([0, 1, 0, 1, 1, 1, 0, 0], 2) == [0, 0, 0, 0, 1, 1, 0, 0]  # what lies all around comes back at once
     assert smoothed([0, 1, 1, 2, 2, 2, 1], 3) == [0, 0, 0, 0, 0, 2, 2]
     assert smoothed([0] * 300 + [1, 1], 2)[-2:] == [0, 1]  # a count of 8 bits does not run over
+
+
+def test_borders_move_at_once() -> None:
+    smoother = LabelSmoother(9)
+    for column in range(20, 40):
+        labels = np.zeros((44, 60), np.uint8)
+        labels[:, column:] = 1
+        np.testing.assert_array_equal(smoother(labels), labels)
 
 
 def test_smoothing_begins_anew_at_a_cut() -> None:
