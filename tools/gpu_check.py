@@ -29,6 +29,10 @@ from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
 from aicsd_deploy.recipes import train_teacher
 from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.video.overlay import Overlay
+from aicsd_deploy.video.pipeline import process_video
+from aicsd_deploy.video.sources import SyntheticSource
+from aicsd_deploy.video.video_writer import Mp4Sink
 
 
 def make_artifacts(folder: Path, model: str, size: tuple[int, int]) -> tuple[Path, Path]:
@@ -65,6 +69,20 @@ def latencies(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def video(path: Path) -> dict[str, Any]:
+    """Return the speed of the video pipeline on 300 frames of the built-in scene, with one copy of the network and with two."""
+    found = {}
+    for copies in (1, 2):
+        backends = [open_backend(path, device="cuda") for _ in range(copies)]
+        metadata = backends[0].metadata
+        with tempfile.TemporaryDirectory() as folder, SyntheticSource(metadata.image_size_hw, seconds=12) as source:
+            sink = Mp4Sink(Path(folder) / "out.mp4")
+            found[f"{copies} in flight"] = process_video(
+                source, backends, sink, overlay=Overlay(metadata.classes)
+            ).summary()
+    return found
+
+
 def train_a_little(folder: Path) -> dict[str, Any]:
     """Train for one epoch on the GPU and return the summary."""
     config = TrainConfig(model="deeplabv3plus_resnet18", epochs=1, device="cuda", workers=8, image_size=(192, 256))
@@ -98,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         part("onnxruntime cuda parity", lambda: parity(checkpoint, onnx, "cuda"))
         part("torch cuda latency", lambda: latencies([checkpoint]))
         part("side by side latency", lambda: latencies([checkpoint, onnx]))
+        part("video", lambda: video(onnx))
         part("training", lambda: train_a_little(folder))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import shutil
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,9 @@ from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, SyntheticSource, open_source
 from aicsd_deploy.video.streams import without_password
+from benchmarks.live_soak import clock_in
 
+SYSTEM_PYTHON = "/usr/bin/python3"  # has GStreamer's bindings, if there are any
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 
 
@@ -286,3 +290,44 @@ def test_a_gstreamer_pipeline(sink: str) -> None:
 def test_a_gstreamer_pipeline_that_is_wrong_is_an_input_error() -> None:
     with pytest.raises(InputError, match="nosuchsrc"):
         open_source("nosuchsrc ! videoconvert")
+
+
+SERVER = [SYSTEM_PYTHON, str(Path(__file__).parents[2] / "tools" / "rtsp_server.py"), "--fps", "25", "--port"]
+
+
+def has_rtsp_server() -> bool:
+    bindings = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
+    return Path(SYSTEM_PYTHON).exists() and subprocess.run([SYSTEM_PYTHON, "-c", bindings], check=False).returncode == 0
+
+
+def start_server(port: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen([*SERVER, str(port)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "rtsp://" in process.stdout.readline()
+    return process
+
+
+@pytest.mark.slow
+def test_an_rtsp_server_that_is_killed_and_started_again() -> None:
+    if not has_rtsp_server():
+        pytest.skip("needs GStreamer's RTSP server and its bindings; tools/rtsp_server.py says which packages")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = start_server(port)
+    try:
+        with open_source(f"rtsp://127.0.0.1:{port}/live") as source:
+            frames = iter(source)
+            seen = [next(frames) for _ in range(5)]
+            server.kill()
+            server.wait()
+            server = start_server(port)
+            seen += [within(30, lambda: next(frames)) for _ in range(5)]
+            assert source.reconnects == 1
+    finally:
+        server.kill()
+        server.wait()
+    assert (source.live, source.size_hw) == (True, (360, 480))
+    assert [f.index for f in seen] == list(range(10))
+    # The pictures carry the moment at which they were made; a backlog from before the connection would show.
+    age_ms = (time.monotonic() * 1000 - clock_in(seen[-1].image_bgr)) % 2**32
+    assert age_ms < 5000
