@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from aicsd_deploy import __version__
 from aicsd_deploy.console import is_silent, say
-from aicsd_deploy.errors import AicsdError, Preempted
-from aicsd_deploy.files import write_json
+from aicsd_deploy.errors import AicsdError, InputError, Preempted
+from aicsd_deploy.files import check_writable, write_json
 
 SCRIPTS = {
     "teacher": ("train/teacher.py", "train a teacher"),
@@ -109,10 +109,20 @@ def device_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not a device; give auto, cpu, cuda or cuda:N")
 
 
+def output_file(text: str) -> Path:
+    """Read the name of a file to be written, and try now whether it can be, not after hours of work."""
+    if text != "-":
+        try:
+            check_writable(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     """Add `--json FILE`, which `write_result` serves."""
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the result as JSON to FILE (- for standard output)"
+        "--json", type=output_file, metavar="FILE", help="write the result as JSON to FILE (- for standard output)"
     )
 
 

@@ -45,6 +45,24 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path | str) -> None:
+    """Try whether `atomic_path` could write `path`, leaving nothing behind.
+
+    Raises:
+        InputError: it could not.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, but a file is to be written there. Give a file name.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror}. Choose another place.") from error
+    os.close(handle)
+    Path(name).unlink()
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` atomically, in UTF-8."""
     with atomic_path(path) as temporary:

@@ -22,6 +22,7 @@ from aicsd_deploy.runs import RUNS
 
 TEACHER = TrainConfig(epochs=4, val_every=4)
 STUDENT = DistillConfig(epochs=6, val_every=6, lr=2e-3)
+VIDEO = ("--source", "synthetic", "--max-frames", "150")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     heading("5/6 report")
     command("demo/benchmark.py", *checkpoints, str(out / "student.onnx"), "--out", str(out))
     heading("6/6 video")
-    command("demo/video.py", "--engine", str(out / "student.onnx"), "-o", str(out / "video.mp4"), "--max-frames", "150")
+    command("demo/video.py", *VIDEO, "--engine", str(out / "student.onnx"), "-o", str(out / "video.mp4"))
     say(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
     say(
         f"teacher {percent(teacher['miou'])} % mIoU, student alone {percent(alone['miou'])} %, student with AICSD "

@@ -35,6 +35,10 @@ from aicsd_deploy.models import build_model
 from aicsd_deploy.recipes import distill, train_teacher
 from aicsd_deploy.runtime.base import open_backend
 from aicsd_deploy.tracking import METRICS
+from aicsd_deploy.video.overlay import Overlay
+from aicsd_deploy.video.pipeline import process_video
+from aicsd_deploy.video.sources import SyntheticSource
+from aicsd_deploy.video.video_writer import Mp4Sink
 
 REPO = Path(__file__).parents[1]
 
@@ -71,6 +75,20 @@ def latencies(paths: Sequence[Path]) -> dict[str, Any]:
         f"{path.name} {backend.name}": vars(latency)
         for path, backend, latency in zip(paths, backends, found, strict=True)
     }
+
+
+def video(path: Path) -> dict[str, Any]:
+    """Return the speed of the video pipeline on 300 frames of the built-in scene, with one copy of the network and with two."""
+    found = {}
+    for copies in (1, 2):
+        backends = [open_backend(path, device="cuda") for _ in range(copies)]
+        metadata = backends[0].metadata
+        with tempfile.TemporaryDirectory() as folder, SyntheticSource(metadata.image_size_hw, seconds=12) as source:
+            sink = Mp4Sink(Path(folder) / "out.mp4")
+            found[f"{copies} in flight"] = process_video(
+                source, backends, sink, overlay=Overlay(metadata.classes)
+            ).summary()
+    return found
 
 
 def train_a_little(folder: Path) -> dict[str, Any]:
@@ -152,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         part("onnxruntime cuda parity", lambda: parity(checkpoint, onnx, "cuda"))
         part("torch cuda latency", lambda: latencies([checkpoint]))
         part("side by side latency", lambda: latencies([checkpoint, onnx]))
+        part("video", lambda: video(onnx))
         part("training", lambda: train_a_little(folder))
         part("step throughput", lambda: step_throughput(folder))
         part("step throughput, compiled", lambda: step_throughput(folder, "--compile"))

@@ -42,7 +42,7 @@ class Backend(ABC):
                 unless "size" is in `metadata.dynamic`; N is 1 unless "batch" is.
 
         Returns:
-            uint8 (N, H, W): class index of every pixel.
+            uint8 (N, H, W): class index of every pixel; the caller's own, not changed by the next call.
 
         Raises:
             InputError: the frames have another shape or type than the artefact takes.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import cycle
 from typing import Any, Self
 
 _END: Any = object()
@@ -16,19 +17,25 @@ _POLL_S = 0.1  # how soon a stage that waits for its neighbour notices that all 
 class Stop:
     """What tells all stages to stop: an error in one of them, Ctrl-C, or the viewer."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, also: Callable[[], None] = lambda: None) -> None:
+        """`also` is called too when all must stop: it wakes a stage that waits outside the queues."""
         self.event = threading.Event()
         self.error: BaseException | None = None
         self.interrupted = False
+        self._also = also
         self._handlers: dict[int, Any] = {}
+
+    def set(self) -> None:
+        self.event.set()
+        self._also()
 
     def fail(self, error: BaseException) -> None:
         self.error = self.error or error
-        self.event.set()
+        self.set()
 
     def interrupt(self) -> None:
         self.interrupted = True
-        self.event.set()
+        self.set()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -81,3 +88,25 @@ class Lane:
                 self._queue.put(item, timeout=_POLL_S)
                 return True
         return False
+
+
+class Fan:
+    """Lanes side by side that take turns, so that several threads share a stage and the order is kept."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes, self._next = lanes, cycle(lanes)
+
+    def put(self, item: Any) -> bool:
+        """Pass an item on; False says that all must stop."""
+        return next(self._next).put(item)
+
+    def put_end(self) -> None:
+        for lane in self._lanes:
+            lane.put_end()
+
+    def __iter__(self) -> Iterator[Any]:
+        for items in cycle([iter(lane) for lane in self._lanes]):
+            item = next(items, _END)
+            if item is _END:
+                return
+            yield item

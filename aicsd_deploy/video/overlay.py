@@ -8,6 +8,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 
@@ -27,15 +28,32 @@ class Overlay:
     Args:
         classes: names and colours in the order of the label values. Other values, 255 among them, get no colour.
         opacity: 0 shows only the frame, 1 only the colours.
-        legend: show the names of the classes that are in sight.
+        legend: show the names of the classes that are in sight, and the figures.
+        shown: names of the classes to show; None shows all.
+        contour: draw only the borders of the classes, as lines.
+
+    Raises:
+        InputError: `shown` names a class that there is not.
     """
 
-    def __init__(self, classes: Sequence[SegClass], *, opacity: float = 0.55, legend: bool = True) -> None:
-        self.classes, self.opacity, self.legend = tuple(classes), opacity, legend
+    def __init__(
+        self,
+        classes: Sequence[SegClass],
+        *,
+        opacity: float = 0.55,
+        legend: bool = True,
+        shown: Sequence[str] | None = None,
+        contour: bool = False,
+    ) -> None:
+        self.classes, self.opacity, self.legend, self.contour = tuple(classes), opacity, legend, contour
+        names = [c.name for c in self.classes]
+        if unknown := [name for name in shown or () if name not in names]:
+            raise InputError(f"The network has no class {unknown[0]!r}. It has: {', '.join(names)}.")
+        self.shown = tuple(i for i, name in enumerate(names) if shown is None or name in shown)
         self._palette_bgr = np.zeros((256, 1, 3), np.uint8)
         self._palette_bgr[: len(self.classes), 0] = [c.color_rgb[::-1] for c in self.classes]
         self._hidden = np.full(256, 255, np.uint8)  # 255 where a label value gets no colour
-        self._hidden[: len(self.classes)] = 0
+        self._hidden[list(self.shown)] = 0
         self._colors = np.empty((0, 0, 3), np.uint8)
         self._mask = np.empty((0, 0), np.uint8)
         self._last_seen: dict[int, int] = {}
@@ -57,16 +75,18 @@ class Overlay:
             self._note_classes(labels)
             panel = legend_panel(tuple(self.classes[i] for i in sorted(self._last_seen)), image_bgr.shape[:2])
             _paste(image_bgr, panel, at_bottom=True)
-        if hud:
+        if self.legend and hud:
             _paste(image_bgr, text_panel(hud, image_bgr.shape[:2]), at_bottom=False)
         return image_bgr
 
     def blend(self, image_bgr: UInt8Array, labels: UInt8Array) -> None:
-        """Blend only the colours, in place; pixels whose label has no class keep their value."""
+        """Blend only the colours, in place; pixels whose label has no class to show keep their value."""
         if self._colors.shape != image_bgr.shape:
             self._colors, self._mask = np.empty_like(image_bgr), np.empty_like(labels)
         cv2.applyColorMap(labels, self._palette_bgr, self._colors)  # six times as fast as palette[labels]
         cv2.LUT(labels, self._hidden, self._mask)
+        if self.contour:
+            cv2.bitwise_or(self._mask, _inside(labels, text_height_px(image_bgr.shape[:2]) // 4), dst=self._mask)
         if cv2.countNonZero(self._mask):
             cv2.copyTo(image_bgr, self._mask, self._colors)
         cv2.addWeighted(self._colors, self.opacity, image_bgr, 1 - self.opacity, 0, dst=image_bgr)
@@ -74,10 +94,19 @@ class Overlay:
     def _note_classes(self, labels: UInt8Array) -> None:
         sample = labels[::4, ::4]
         counts = np.bincount(sample.ravel(), minlength=256)
-        for index in np.flatnonzero(counts[: len(self.classes)] > SEEN_FRACTION * sample.size):
-            self._last_seen[int(index)] = self._frames
+        for index in self.shown:
+            if counts[index] > SEEN_FRACTION * sample.size:
+                self._last_seen[index] = self._frames
         self._last_seen = {i: seen for i, seen in self._last_seen.items() if self._frames - seen <= SEEN_FRAMES}
         self._frames += 1
+
+
+def _inside(labels: UInt8Array, width_px: int) -> UInt8Array:
+    """Return 255 where all pixels within half of `width_px` have the same label, 0 along the borders."""
+    side = max(3, width_px | 1)  # odd, so that the line lies in the middle
+    window = np.ones((side, side), np.uint8)
+    same = cv2.compare(cv2.erode(labels, window), cv2.dilate(labels, window), cv2.CMP_EQ)
+    return np.asarray(same, dtype=np.uint8)
 
 
 @lru_cache(maxsize=8)

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from aicsd_deploy.console import progress
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.runtime.base import Backend, UInt8Array
-from aicsd_deploy.runtime.frames import segment
-from aicsd_deploy.video.lanes import Lane, Stop
+from aicsd_deploy.runtime.base import Backend
+from aicsd_deploy.runtime.frames import Fit, Segmenter
+from aicsd_deploy.video.figures import STAGES, Stopwatch
+from aicsd_deploy.video.lanes import Fan, Lane, Stop
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.sinks import Sink
+from aicsd_deploy.video.smooth import LabelSmoother
 from aicsd_deploy.video.sources import Frame, Source
-
-STAGES = ("decode", "infer", "render", "encode")
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-_RECENT = 60  # frames that the numbers on the screen are taken over
 
 
 @dataclass(frozen=True)
@@ -38,8 +33,12 @@ class VideoResult:
         frames_out: frames that the sink took.
         skipped: frames of the source that could not be decoded.
         seconds: wall time from the first frame's decoding to the sink's end.
-        times_ms: for each stage, how long it worked on each frame.
-        interrupted: Ctrl-C, a termination signal or the viewer ended it early.
+        times_ms: for each stage, how long it worked on each of the last frames.
+        age_ms: live sources: time from a frame's arrival until it was shown, for each of the last frames; else empty.
+        ended: "end" of the source, "lost" (a live source that did not come back), "max_frames", or "interrupted" by Ctrl-C,
+            a termination signal or the viewer.
+        reconnects: how often a live source was lost and came back.
+        resize: how frames reached the network (`Segmenter.describe`).
     """
 
     frames_in: int
@@ -47,7 +46,14 @@ class VideoResult:
     skipped: int
     seconds: float
     times_ms: dict[str, npt.NDArray[np.float64]]
-    interrupted: bool
+    age_ms: npt.NDArray[np.float64]
+    ended: Literal["end", "lost", "max_frames", "interrupted"]
+    reconnects: int
+    resize: dict[str, Any]
+
+    @property
+    def interrupted(self) -> bool:
+        return self.ended == "interrupted"
 
     @property
     def dropped(self) -> int:
@@ -63,8 +69,7 @@ class VideoResult:
         if not self.frames_out:
             return {}
         infer = self.times_ms["infer"]
-        quantiles = {f"p{q}": float(np.percentile(infer, q)) for q in (50, 90, 99)}
-        return {"mean": float(infer.mean()), **quantiles, **{s: float(self.times_ms[s].mean()) for s in STAGES}}
+        return {"mean": float(infer.mean()), **_quantiles(infer), **{s: float(self.times_ms[s].mean()) for s in STAGES}}
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers as a report has them."""
@@ -75,12 +80,24 @@ class VideoResult:
             "skipped": self.skipped,
             "fps": self.fps,
             "latency_ms": self.latency_ms(),
+            "age_ms": {**_quantiles(self.age_ms), "max": float(self.age_ms.max())} if self.age_ms.size else None,
+            "ended": self.ended,
             "interrupted": self.interrupted,
+            "reconnects": self.reconnects,
+            "resize": self.resize,
         }
 
 
 def process_video(
-    source: Source, backend: Backend, sink: Sink, *, overlay: Overlay, max_frames: int | None = None, depth: int = 4
+    source: Source,
+    backend: Backend | Sequence[Backend],
+    sink: Sink,
+    *,
+    overlay: Overlay,
+    fit: Fit = "stretch",
+    smooth: int = 1,
+    max_frames: int | None = None,
+    depth: int = 4,
 ) -> VideoResult:
     """Segment every frame of a file, or the newest one of a live source each time, and hand it to the sink in order.
 
@@ -88,8 +105,12 @@ def process_video(
     Ctrl-C and SIGTERM end the run early, and the sink finishes what it has; a second one ends the process.
 
     Args:
-        source, backend, sink: an open source and backend, and a sink that is not open yet.
-        overlay: draws on each frame.
+        source, backend, sink: an open source and backend, and a sink that is not open yet. Several backends of one artefact
+            take turns, so that on a GPU the copies of one frame overlap with the network on another; live sources use the
+            first alone, since two frames under way would be older than one.
+        overlay: draws on each frame, if the sink wants that.
+        fit: how frames get to the network's size; see `Segmenter`.
+        smooth: frames that a new label must last for before it is shown; see `LabelSmoother`.
         max_frames: stop after so many frames.
         depth: frames that may wait between two stages of a file; between those of a live source it is one.
 
@@ -97,31 +118,48 @@ def process_video(
         InputError: the source gave no frame at all.
         Exception: whatever a stage raised; the other stages have ended by then.
     """
-    segment(backend, np.zeros((*source.size_hw, 3), np.uint8))  # warms up, and fails before there is an output
-    clock = _Clock()
+    backends = [backend] if isinstance(backend, Backend) else list(backend)
+    segmenters = [Segmenter(b, fit=fit) for b in (backends[:1] if source.live else backends)]
+    for segmenter in segmenters:  # warms up, and fails before there is an output
+        segmenter(np.zeros((*source.size_hw, 3), np.uint8))
+    watch = Stopwatch(f"{backends[0].name} {backends[0].metadata.precision}")
+    smoother = LabelSmoother(smooth)
+
+    def infer(segmenter: Segmenter) -> Callable[[Frame], Frame]:
+        return watch.timed("infer", lambda frame: replace(frame, labels=segmenter(frame.image_bgr)))
+
+    def render(frame: Frame) -> Frame:
+        assert frame.labels is not None
+        labels = smoother(frame.labels)
+        if not sink.wants_overlay:
+            return replace(frame, labels=labels, plain_bgr=frame.image_bgr)
+        plain = frame.image_bgr.copy() if sink.wants_plain else None
+        overlay.draw(frame.image_bgr, labels, hud=watch.figures().line())
+        return replace(frame, labels=labels, plain_bgr=plain)
+
     seconds = -time.perf_counter()
-    with Stop() as stop, sink.open(source):  # the sink finishes while a second Ctrl-C still ends the process
-        to_infer, to_render, to_encode = (Lane(stop, 1 if source.live else depth, newest=source.live) for _ in range(3))
-
-        def infer(frame: Frame) -> tuple[Frame, UInt8Array]:
-            return frame, segment(backend, frame.image_bgr)
-
-        def render(pair: tuple[Frame, UInt8Array]) -> Frame:
-            overlay.draw(pair[0].image_bgr, pair[1], hud=clock.hud(backend.name))
-            return pair[0]
-
-        decoded = clock.timed_each("decode", islice(source, max_frames))
+    with (
+        Stop(also=source.cancel) as stop,
+        sink.open(source),
+    ):  # a second Ctrl-C ends the process while the sink finishes
+        lanes = [[Lane(stop, 1 if source.live else depth, newest=source.live) for _ in segmenters] for _ in range(2)]
+        to_infer, to_render = (Fan(each) for each in lanes)
+        to_encode = Lane(stop, 1 if source.live else depth, newest=source.live)
+        decoded = watch.timed_each("decode", islice(source, max_frames))
         threads = [
             _stage_thread(stop, "decode", decoded, lambda frame: frame, to_infer),
-            _stage_thread(stop, "infer", to_infer, clock.timed("infer", infer), to_render),
-            _stage_thread(stop, "render", to_render, clock.timed("render", render), to_encode),
+            *(
+                _stage_thread(stop, "infer", before, infer(segmenter), after)
+                for segmenter, before, after in zip(segmenters, *lanes, strict=True)
+            ),
+            _stage_thread(stop, "render", to_render, watch.timed("render", render), to_encode),
         ]
         try:
             for thread in threads:
                 thread.start()
-            frames_out = _drain(to_encode, clock.timed("encode", sink.write), stop, _expected(source, max_frames))
+            frames_out = _drain(to_encode, sink, watch, stop, source, _expected(source, max_frames))
         finally:
-            stop.event.set()
+            stop.set()
             for thread in threads:
                 if thread.ident is not None:  # it has been started
                     thread.join()
@@ -130,12 +168,32 @@ def process_video(
         if not frames_out and not stop.interrupted:
             raise InputError(f"{source.name} gave no frame.")
     seconds += time.perf_counter()
-    times_ms = {stage: np.array(values) * 1000 for stage, values in clock.times_s.items()}
-    return VideoResult(len(clock.times_s["decode"]), frames_out, source.skipped, seconds, times_ms, stop.interrupted)
+    frames_in = watch.count("decode")
+    return VideoResult(
+        frames_in,
+        frames_out,
+        source.skipped,
+        seconds,
+        {stage: watch.recent_ms(stage) for stage in STAGES},
+        watch.recent_ms("age"),
+        _how_it_ended(source, stop, reached_max=frames_in == max_frames),
+        source.reconnects,
+        segmenters[0].describe(source.size_hw),
+    )
+
+
+def _how_it_ended(
+    source: Source, stop: Stop, *, reached_max: bool
+) -> Literal["end", "lost", "max_frames", "interrupted"]:
+    if stop.interrupted:
+        return "interrupted"
+    if source.lost:
+        return "lost"
+    return "max_frames" if reached_max else "end"
 
 
 def _stage_thread(
-    stop: Stop, name: str, items: Iterable[Any], work: Callable[[Any], Any], out: Lane
+    stop: Stop, name: str, items: Iterable[Any], work: Callable[[Any], Any], out: Lane | Fan
 ) -> threading.Thread:
     """Return the thread that works on each item and passes it on, until there are no more or all must stop."""
 
@@ -151,12 +209,17 @@ def _stage_thread(
     return threading.Thread(target=loop, name=name, daemon=True)
 
 
-def _drain(lane: Lane, write: Callable[[Frame], bool], stop: Stop, expected: int | None) -> int:
-    written = 0
+def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source, expected: int | None) -> int:
+    written, start_s, write = 0, 0.0, watch.timed("encode", sink.write)
     with progress("Segmenting", expected) as advance:
         for frame in lane:
+            if sink.paced and not source.live:
+                start_s = start_s or time.perf_counter() - frame.time_s
+                stop.event.wait(start_s + frame.time_s - time.perf_counter())
             wants_more = write(frame)
             written += 1
+            watch.note_shown(frame, frames_in=watch.count("decode"), frames_out=written)
+            sink.note(watch.figures())
             advance()
             if not wants_more:
                 stop.interrupt()
@@ -167,36 +230,5 @@ def _expected(source: Source, max_frames: int | None) -> int | None:
     return min((n for n in (source.frame_count, max_frames) if n is not None), default=None)
 
 
-class _Clock:
-    """How long each stage takes for each frame, and the line about it that is drawn on the frames."""
-
-    def __init__(self) -> None:
-        self.times_s = {stage: array("d") for stage in STAGES}
-        self._shown_s: deque[float] = deque(maxlen=_RECENT)
-        self._hud, self._hud_s = "", 0.0
-
-    def timed(self, stage: str, work: Callable[[_In], _Out]) -> Callable[[_In], _Out]:
-        def timed_work(item: _In) -> _Out:
-            start_s = time.perf_counter()
-            result = work(item)
-            self.times_s[stage].append(time.perf_counter() - start_s)
-            return result
-
-        return timed_work
-
-    def timed_each(self, stage: str, frames: Iterable[Frame]) -> Iterator[Frame]:
-        iterator = iter(frames)
-        following = self.timed(stage, lambda _: next(iterator, None))
-        while (frame := following(None)) is not None:
-            yield frame
-        self.times_s[stage].pop()  # finding out that there is no more is not decoding a frame
-
-    def hud(self, backend_name: str) -> str:
-        """Return the numbers over the last frames, renewed twice a second so that they can be read."""
-        now_s = time.perf_counter()
-        self._shown_s.append(now_s)
-        if now_s - self._hud_s > 0.5 and len(self._shown_s) > 1:
-            fps = (len(self._shown_s) - 1) / (now_s - self._shown_s[0])
-            p50_ms = 1000 * float(np.median(self.times_s["infer"][-_RECENT:]))
-            self._hud, self._hud_s = f"{fps:.1f} fps   {p50_ms:.1f} ms p50   {backend_name}", now_s
-        return self._hud or backend_name
+def _quantiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}

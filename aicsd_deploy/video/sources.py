@@ -1,13 +1,14 @@
-"""Where frames come from: one interface for files (in video_file), folders of pictures, cameras, the built-in scene."""
+"""Where frames come from: one interface for files (video_file), live sources (live), folders and the built-in scene."""
 
 from __future__ import annotations
 
 import re
-import time
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ import cv2
 import numpy as np
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import existing_file
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.runtime.frames import resize_image
 
@@ -26,11 +28,23 @@ CLOCK = Fraction(1, 90_000)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame: uint8 (H, W, 3) in BGR, owned by whoever holds the frame, shown at `time_s` seconds from the start."""
+    """One frame, owned by whoever holds it.
+
+    Attributes:
+        index: its number, from 0.
+        image_bgr: uint8 (H, W, 3); the overlay is drawn on it in place.
+        time_s: when it is to be shown, in seconds from the first one.
+        arrived_s: `time.perf_counter()` when it came in; 0 where it is not live.
+        labels: uint8 (H, W), once it is segmented.
+        plain_bgr: the picture without the overlay, for sinks that ask for it (`Sink.wants_plain`).
+    """
 
     index: int
     image_bgr: UInt8Array
     time_s: float
+    arrived_s: float = 0.0
+    labels: UInt8Array | None = None
+    plain_bgr: UInt8Array | None = None
 
 
 class Source(ABC):
@@ -44,6 +58,8 @@ class Source(ABC):
         live: frames come when they come, and the newest matters more than every one.
         time_base: the unit of which all frame times are whole multiples, in seconds.
         skipped: frames that could not be decoded so far.
+        reconnects: how often a live source was lost and came back.
+        lost: a live source went away and did not come back, which is not the same as its end.
     """
 
     name: str
@@ -53,9 +69,14 @@ class Source(ABC):
     live: bool = False
     time_base: Fraction = CLOCK
     skipped: int = 0
+    reconnects: int = 0
+    lost: bool = False
 
     @abstractmethod
     def __iter__(self) -> Iterator[Frame]: ...
+
+    def cancel(self) -> None:  # noqa: B027 - files never keep anyone waiting
+        """End the iteration soon, from another thread, although frames may be missing."""
 
     def close(self) -> None:  # noqa: B027 - not every source holds something
         """Release the file or device."""
@@ -101,78 +122,102 @@ class FolderSource(Source):
             index += 1
 
 
-class CameraSource(Source):
-    """A camera by its index, stamped with the time of arrival; it ends when the camera gives no more frames.
-
-    Raises:
-        InputError: there is no such camera, or it gives no picture.
-    """
-
-    live = True
-
-    def __init__(self, index: int) -> None:
-        self.name = f"camera {index}"
-        self._camera = cv2.VideoCapture(index)
-        self._first = self._camera.read()[1] if self._camera.isOpened() else None
-        if self._first is None:
-            self._camera.release()
-            raise InputError(
-                f"Camera {index} cannot be opened or gives no picture. Check that it is plugged in and that you may "
-                "read /dev/video*, or give --source FILE."
-            )
-        self.size_hw = (self._first.shape[0], self._first.shape[1])
-        self.fps = sane_fps(Fraction(self._camera.get(cv2.CAP_PROP_FPS) or 30).limit_denominator(1001))
-
-    def __iter__(self) -> Iterator[Frame]:
-        start_s, index, image = time.perf_counter(), 0, self._first
-        while image is not None:
-            yield Frame(index, np.asarray(image, dtype=np.uint8), time.perf_counter() - start_s)
-            index, image = index + 1, self._camera.read()[1]
-
-    def close(self) -> None:
-        self._camera.release()
-
-
 class SyntheticSource(Source):
-    """The built-in street scene: ten seconds by default, drawn as it is read."""
+    """The built-in street scene, drawn as it is read: ten seconds by default."""
 
-    def __init__(self, size_hw: tuple[int, int], *, seed: int = 1, seconds: float = 10.0, fps: int = 25) -> None:
+    def __init__(self, size_hw: tuple[int, int], *, seed: int = 1, seconds: float | None = 10.0, fps: int = 25) -> None:
+        """Take the size of the frames; with `seconds` None the drive does not end."""
         self.name, self.size_hw, self.fps = "synthetic", size_hw, Fraction(fps)
-        self.frame_count = round(seconds * fps)
+        self.frame_count = None if seconds is None else round(seconds * fps)
         self._seed = seed
 
     def __iter__(self) -> Iterator[Frame]:
         from aicsd_deploy.data.synthetic import render_scene
 
-        for index in range(self.frame_count or 0):
+        for index in count() if self.frame_count is None else range(self.frame_count):
             time_s = float(index / self.fps)
-            image_rgb, _ = render_scene(self._seed, time_s=time_s, size_hw=self.size_hw)
+            # Back and forth: a drive is planned for a stretch of road, and this has no seam.
+            image_rgb, _ = render_scene(self._seed, time_s=60 - abs(time_s % 120 - 60), size_hw=self.size_hw)
             yield Frame(index, np.ascontiguousarray(image_rgb[..., ::-1]), time_s)
 
 
-def open_source(spec: str, *, synthetic_hw: tuple[int, int] = (360, 640)) -> Source:
-    """Open what the user named: `synthetic`, a camera's number, a folder of pictures, or a video file.
+class LoopedSource(Source):
+    """A source that is opened again whenever it ends, its times going on.
+
+    Raises:
+        InputError: the source is live, so that there is nothing to repeat.
+    """
+
+    def __init__(self, reopen: Callable[[], Source]) -> None:
+        self._reopen, self._source = reopen, reopen()
+        if self._source.live:
+            self._source.close()
+            raise InputError(f"{self._source.name} is live and cannot be looped. Leave out --loop.")
+        self.name, self.fps, self.size_hw = self._source.name, self._source.fps, self._source.size_hw
+        self.time_base = self._source.time_base
+
+    def __iter__(self) -> Iterator[Frame]:
+        index, start_s, last_s = 0, 0.0, 0.0
+        while True:
+            for frame in self._source:
+                last_s = start_s + frame.time_s
+                yield replace(frame, index=index, time_s=last_s)
+                index += 1
+            self.skipped += self._source.skipped
+            self._source.close()
+            start_s = last_s + float(1 / self.fps)
+            self._source = self._reopen()
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def open_source(
+    spec: str | None, *, synthetic_hw: tuple[int, int] = (360, 640), endless: bool = False, loop: bool = False
+) -> Source:
+    """Open what the user named.
 
     Args:
-        spec: the name, number or path.
+        spec: `synthetic`; a camera's number; a network address (rtsp://, http://, udp://, …); a GStreamer pipeline, with
+            ` ! ` between its elements; a folder of pictures; or a video file. None is the first camera, and the built-in
+            scene where there is none.
         synthetic_hw: height and width to draw the built-in scene in.
+        endless: the built-in scene goes on until it is stopped.
+        loop: begin anew when a file, a folder or the scene ends.
 
     Raises:
         InputError: it cannot be opened; the message says why.
     """
+    if spec is None:
+        return _first_camera() or SyntheticSource(synthetic_hw, seconds=None if endless or loop else 10.0)
+    if loop:
+        return LoopedSource(lambda: open_source(spec, synthetic_hw=synthetic_hw))
     if spec == "synthetic":
         return SyntheticSource(synthetic_hw)
     if spec.isdecimal() and len(spec) < 4:
-        return CameraSource(int(spec))
-    if "://" in spec:
-        raise InputError(
-            f"{spec} is a network stream, which this version cannot read. Give a file, a folder or a camera number."
-        )
+        from aicsd_deploy.video.live import open_camera
+
+        return open_camera(int(spec))
+    if " ! " in spec or "://" in spec:
+        from aicsd_deploy.video.streams import open_gstreamer, open_stream  # here, so that a camera needs no PyAV
+
+        return open_gstreamer(spec) if " ! " in spec else open_stream(spec)
     if Path(spec).is_dir():
         return FolderSource(spec)
-    from aicsd_deploy.video.video_file import FileSource  # here, so that a camera needs no PyAV
+    from aicsd_deploy.video.video_file import FileSource
 
-    return FileSource(spec)
+    return FileSource(existing_file(spec, "The video"))
+
+
+def _first_camera() -> Source | None:
+    from aicsd_deploy.video.live import open_camera
+
+    if sys.platform.startswith("linux") and not Path("/dev/video0").exists():
+        return None
+    try:
+        return open_camera(0)
+    except InputError:
+        return None
 
 
 def fit(image_bgr: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:

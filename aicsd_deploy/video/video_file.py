@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from aicsd_deploy.errors import InputError, MissingDependencyError
-from aicsd_deploy.files import existing_file
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sources import CLOCK, Frame, Source, fit, sane_fps
 
@@ -30,24 +29,24 @@ class FileSource(Source):
     the first one's.
 
     Raises:
-        InputError: the file is missing, is no video, or not one of its frames can be decoded.
+        InputError: it is no video, or not one of its frames can be decoded.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        path = existing_file(path, "The video")
-        self.name = str(path)
+    def __init__(self, path: Path | str, *, name: str | None = None) -> None:
+        """Open a file, or an address of something that has an end; `name` is what to call it."""
+        self.name = name or str(path)
         try:
             self._container = av.open(str(path))
         except av.error.FFmpegError as error:
             raise InputError(
-                f"{path} is not a video that can be read ({error.strerror}). Check it in a player."
+                f"{self.name} is not a video that can be read ({error.strerror}). Check it in a player."
             ) from error
         try:
             # Cover art is a video stream too, and plain text is read as the screen of a terminal.
             streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams or self._container.format.name == "tty":
                 raise InputError(
-                    f"{path} has no video in it (only {self._contents()}). Give a file with moving pictures."
+                    f"{self.name} has no video in it (only {self._contents()}). Give a file with moving pictures."
                 )
             self._stream = streams[0]
             self._stream.thread_type = "AUTO"
@@ -59,7 +58,7 @@ class FileSource(Source):
             self._first = next(self._decoded, None)
             if self._first is None:
                 raise InputError(
-                    f"{path}: not one frame could be decoded. It is damaged or cut off; make or copy it again."
+                    f"{self.name}: not one frame could be decoded. It is damaged or cut off; make or copy it again."
                 )
         except BaseException:
             self._container.close()
@@ -99,7 +98,7 @@ class FileSource(Source):
             for frame in decoded:
                 time_s = None if frame.pts is None else max(0.0, float(frame.pts * self.time_base - start_s))
                 yield (
-                    upright(np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8), _display_matrix(frame)),
+                    upright(np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8), display_matrix(frame)),
                     time_s,
                 )
             if packet is None:
@@ -125,6 +124,7 @@ def upright(image_bgr: UInt8Array, matrix: list[int] | None) -> UInt8Array:
     return np.ascontiguousarray(image_bgr[:: -1 if to_y < 0 else 1, :: -1 if to_x < 0 else 1])
 
 
-def _display_matrix(frame: av.VideoFrame) -> list[int] | None:
+def display_matrix(frame: av.VideoFrame) -> list[int] | None:
+    """Return the nine numbers for `upright`, None where a frame has none."""
     found: Any = frame.side_data.get("DISPLAYMATRIX")
     return None if found is None else [int(v) for v in np.frombuffer(found, np.int32)]

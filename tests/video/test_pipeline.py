@@ -13,10 +13,12 @@ import pytest
 from video_helpers import CLASSES, SHARED_VIDEOS, Numbered, Threshold, encode, grey_frames, read_back, within
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.video.figures import STAGES
 from aicsd_deploy.video.overlay import Overlay
-from aicsd_deploy.video.pipeline import STAGES, process_video
-from aicsd_deploy.video.sinks import Mp4Sink, Sink
+from aicsd_deploy.video.pipeline import process_video
+from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, Source, open_source
+from aicsd_deploy.video.video_writer import Mp4Sink
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 
@@ -87,10 +89,41 @@ def test_stages_overlap() -> None:
     assert process(Watched(3), Waits(), Collect()).frames_out == 3
 
 
+def test_several_networks_take_turns_and_keep_the_order() -> None:
+    networks = [Threshold(), Threshold(), Threshold()]
+    sink = Collect()
+    result = process(Numbered(50), networks, sink, opacity=1.0)  # type: ignore[arg-type]
+    assert [f.index for f in sink.frames] == list(range(50))
+    assert [tuple(f.image_bgr[0, 0]) for f in sink.frames][30:34] == [(30, 200, 10)] * 2 + [(120, 0, 250)] * 2
+    assert [network.calls for network in networks] == [18, 18, 17]  # the warm-up of each included
+    assert len(result.times_ms["infer"]) == 50
+
+
+@pytest.mark.parametrize("fail_at", [0, 7])
+def test_one_of_several_networks_breaks(fail_at: int) -> None:
+    with pytest.raises(RuntimeError, match="the network broke"):
+        process(Numbered(50), [Threshold(), Threshold(fail_at=fail_at)], Collect())  # type: ignore[arg-type]
+
+
+def test_who_watches_sees_a_file_at_its_times_and_a_stop_does_not_wait() -> None:
+    class Watched(Collect):
+        paced = True
+        times: list[float] = []  # noqa: RUF012
+
+        def write(self, frame: Frame) -> bool:
+            self.times.append(time.perf_counter())
+            return super().write(frame)
+
+    sink = Watched(enough_at=4)
+    process(Numbered(50), Threshold(), sink)
+    assert sink.times[3] - sink.times[0] >= 3 / 25 - 1e-3
+
+
 def test_max_frames_ends_it() -> None:
     sink = Collect()
     result = process(Numbered(60), Threshold(), sink, max_frames=7)
     assert (len(sink.frames), result.frames_in, result.interrupted) == (7, 7, False)
+    assert result.ended == "max_frames"
 
 
 def test_a_slow_sink_makes_a_file_wait() -> None:

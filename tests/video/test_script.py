@@ -18,7 +18,7 @@ import runpy, sys
 sys.path.insert(0, {helpers!r})
 import aicsd_deploy.runtime.base as base
 from video_helpers import Threshold
-base.open_backend = lambda path, device, threads: Threshold()
+base.open_backend = lambda path, **kwargs: Threshold()
 sys.argv = ["video.py", *sys.argv[1:]]
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -61,10 +61,17 @@ def test_opacity_reaches_the_picture(tmp_path: Path) -> None:
 
 def test_without_a_source_it_shows_the_built_in_scene_and_says_so(tmp_path: Path) -> None:
     pytest.importorskip("aicsd_deploy.data.synthetic")
-    done = run_script(tmp_path, "--engine e.onnx --max-frames 3", fake_network=True)
+    done = run_script(tmp_path, "--engine e.onnx --max-frames 3 -o out.mp4", fake_network=True)
     assert done.returncode == 0, done.stderr
     assert "built-in street scene" in done.stderr
-    assert len(read_back(tmp_path / "video.mp4")[0]) == 3
+    assert len(read_back(tmp_path / "out.mp4")[0]) == 3
+
+
+def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "--engine e.onnx --source synthetic --max-frames 2", fake_network=True)
+    assert done.returncode == 0, done.stderr
+    assert "http://127.0.0.1:" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -74,9 +81,12 @@ def test_without_a_source_it_shows_the_built_in_scene_and_says_so(tmp_path: Path
         ("--engine missing.onnx --source in.mp4 -o out.mp4", "missing.onnx does not exist"),
         ("--engine in.mp4 --source in.mp4 -o out.mp4", "not an artefact"),
         ("--engine e.onnx --source in.mp4 -o out.mp4", "e.onnx"),
-        ("--engine e.onnx --source in.mp4 -o out.avi", "must end in .mp4"),
+        ("--engine e.onnx --source in.mp4 -o out.avi", "must end in .mp4, .mkv, .mov (a video)"),
         ("--engine e.onnx --source in.mp4 --window", "no display"),
-        ("--engine e.onnx --window -o out.mp4", "not allowed with"),
+        ("--engine e.onnx --audio", "needs a video"),
+        ("--engine e.onnx --source in.mp4 --preview 99999", "not an address"),
+        ("--engine e.onnx --smooth 1000", "too many"),
+        ("--engine e.onnx --json in.mp4/r.json", "Cannot write"),
         ("--engine e.onnx --opacity 1.5 -o out.mp4", "not an opacity"),
         ("--engine e.onnx --max-frames 0 -o out.mp4", "too small"),
         ("--engine e.onnx --frobnicate", "frobnicate"),
@@ -127,18 +137,27 @@ def test_help_explains_every_flag(tmp_path: Path) -> None:
         "--device",
         "--threads",
         "--max-frames",
+        "--preview",
+        "--loop",
+        "--audio",
+        "--classes",
+        "--contour",
+        "--smooth",
+        "--fit",
+        "--labels",
     ):
         assert flag in done.stdout
 
 
 def test_the_video_code_needs_neither_torch_nor_the_training_packages() -> None:
-    blocked = ("torch", "torchvision", "pydantic", "rich", "PIL", "matplotlib", "yaml")
+    blocked = ("torch", "torchvision", "pydantic", "rich", "matplotlib", "yaml")
     code = f"""
 import sys
 for name in {blocked!r}:
     sys.modules[name] = None  # import of it fails
 import aicsd_deploy.video.sources, aicsd_deploy.video.video_file, aicsd_deploy.video.sinks
-import aicsd_deploy.video.overlay, aicsd_deploy.video.pipeline, aicsd_deploy.runs
+import aicsd_deploy.video.overlay, aicsd_deploy.video.pipeline, aicsd_deploy.runs, aicsd_deploy.video.flags
+import aicsd_deploy.video.video_writer, aicsd_deploy.video.streams, aicsd_deploy.video.scoring
 with aicsd_deploy.video.sources.open_source("synthetic", synthetic_hw=(48, 64)) as source:
     next(iter(source))
 """

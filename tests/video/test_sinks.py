@@ -11,8 +11,9 @@ import pytest
 from video_helpers import Numbered, read_back
 
 from aicsd_deploy.errors import InputError, MissingDependencyError
-from aicsd_deploy.video.sinks import Mp4Sink, WindowSink, pad_to_even
+from aicsd_deploy.video.sinks import WindowSink
 from aicsd_deploy.video.sources import Frame, Source
+from aicsd_deploy.video.video_writer import Mp4Sink, pad_to_even
 
 
 def write(path: Path, source: Source, *, fail_after: int | None = None, error: BaseException | None = None) -> None:

@@ -175,7 +175,8 @@ def header_only(path: Path) -> None:
         ("sound.wav", audio_only, "has no video"),
         ("header.mov", header_only, "not one frame"),
         ("folder", lambda path: path.mkdir(), "no pictures"),
-        ("rtsp://localhost/x", lambda path: None, "network stream"),
+        ("rtsp://127.0.0.1:9/x", lambda path: None, "cannot be opened"),
+        ("nosuchsrc ! fakesink", lambda path: None, "GStreamer"),
         ("77", lambda path: None, "Camera 77"),
     ],
 )

@@ -1,0 +1,120 @@
+"""Labels for other programs: a PNG per frame, or a line of JSON per frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import cv2
+import numpy as np
+
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import atomic_path, write_text
+from aicsd_deploy.metadata import SegClass
+from aicsd_deploy.runtime.base import UInt8Array
+from aicsd_deploy.video.sinks import Sink
+from aicsd_deploy.video.sources import Frame, Source
+
+
+class PngSink(Sink):
+    """A folder with frame_000000.png, … (8-bit grey, the value is the class index), classes.txt and times.txt.
+
+    classes.txt has a line `index name R G B` per class, times.txt one with the time in seconds per frame. A folder that
+    holds something is refused, so that two runs cannot be mixed.
+
+    Raises:
+        InputError: the path is a file, or a folder that is not empty.
+    """
+
+    wants_overlay = False
+
+    def __init__(self, folder: Path, classes: Sequence[SegClass]) -> None:
+        self.folder, self.name = folder, str(folder)
+        self._classes = classes
+        if folder.is_file():
+            raise InputError(f"Cannot write label maps into {folder}: it is a file.")
+        if folder.is_dir() and next(folder.iterdir(), None) is not None:
+            raise InputError(f"Cannot write label maps into {folder}: it is not empty. Name a new folder, or empty it.")
+
+    def open(self, source: Source) -> Self:
+        self._times: list[str] = []
+        return self
+
+    def write(self, frame: Frame) -> bool:
+        assert frame.labels is not None
+        if not self._times:
+            lines = (f"{i} {c.name} {' '.join(map(str, c.color_rgb))}\n" for i, c in enumerate(self._classes))
+            write_text(self.folder / "classes.txt", "".join(lines))
+        _, data = cv2.imencode(".png", frame.labels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        with atomic_path(self.folder / f"frame_{frame.index:06d}.png") as path:
+            data.tofile(path)
+        self._times.append(f"frame_{frame.index:06d}.png {frame.time_s:.6f}\n")
+        return True
+
+    def close(self, error: BaseException | None) -> None:
+        if self._times:
+            write_text(self.folder / "times.txt", "".join(self._times))
+
+
+class RleSink(Sink):
+    """A file with a line of JSON per frame: its number, time, size and, per class in it, the pixels as run lengths.
+
+    The run lengths are COCO's uncompressed ones: column by column, the number of pixels outside, inside, outside, … the
+    class, so that pycocotools.mask.frPyObjects reads `{"size": …, "counts": …}`.
+    """
+
+    wants_overlay = False
+
+    def __init__(self, path: Path, classes: Sequence[SegClass]) -> None:
+        self.path, self.name = path, str(path)
+        self._names = [c.name for c in classes]
+
+    def open(self, source: Source) -> Self:
+        """Start the file.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        self._output = atomic_path(self.path)
+        self._file: TextIO = self._output.__enter__().open("w", encoding="utf-8")
+        self._frames = 0
+        return self
+
+    def write(self, frame: Frame) -> bool:
+        assert frame.labels is not None
+        self._frames += 1
+        line = {"frame": frame.index, "time_s": round(frame.time_s, 6), **run_lengths(frame.labels, self._names)}
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        return True
+
+    def close(self, error: BaseException | None) -> None:
+        self._file.close()
+        unfinished = error or (None if self._frames else InputError("no frame was written"))
+        self._output.__exit__(type(unfinished) if unfinished else None, unfinished, None)
+
+
+def run_lengths(labels: UInt8Array, names: Sequence[str]) -> dict[str, Any]:
+    """Return the size and, for each class that occurs, the run lengths of its pixels.
+
+    Args:
+        labels: uint8 (H, W).
+        names: names of the classes, in the order of the label values; other values are left out.
+    """
+    column_by_column = labels.ravel(order="F")
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(column_by_column)) + 1, [labels.size]))
+    values, lengths = column_by_column[starts[:-1]], np.diff(starts)
+    counts: dict[str, list[int]] = {}
+    for value in np.unique(values):
+        if value >= len(names):
+            continue
+        inside = np.flatnonzero(values == value)
+        ends = np.cumsum(lengths)
+        begins, stops = ends[inside] - lengths[inside], ends[inside]
+        edges = np.stack([begins, stops], axis=1).ravel()
+        counts[names[value]] = np.diff(np.concatenate(([0], edges, [labels.size]))).tolist()
+    return {
+        "size": list(labels.shape),
+        "classes": {name: c if sum(c[-1:]) else c[:-1] for name, c in counts.items()},
+    }

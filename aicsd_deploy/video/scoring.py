@@ -1,0 +1,96 @@
+"""Scores of a video whose frames have labels, taken from the very frames that are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aicsd_deploy.data.dataset import read_mask
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
+from aicsd_deploy.metrics import ConfusionMatrix
+from aicsd_deploy.runtime.base import UInt8Array
+from aicsd_deploy.runtime.frames import resize_labels
+from aicsd_deploy.video.sinks import Sink
+from aicsd_deploy.video.sources import Frame
+
+
+class Scorer(Sink):
+    """Scores the labels of each frame against the true ones, at the size of those.
+
+    The flicker rate is the share of pixels that change their class from one frame to the next although their true class
+    stays the same, out of all pixels whose true class stays the same; pixels that are ignored in either frame are left out.
+
+    Args:
+        labels_of: the true labels of frame number i, uint8 (H, W), 255 where they are ignored.
+        count: how many frames have labels; a frame after those is an InputError.
+        class_names: names of the classes.
+    """
+
+    wants_overlay = False
+
+    def __init__(self, labels_of: Callable[[int], UInt8Array], count: int, class_names: list[str]) -> None:
+        self.name = "scores"
+        self._labels_of, self._count, self._names = labels_of, count, class_names
+        self._matrix = ConfusionMatrix(len(class_names))
+        self._flickered = self._steady = 0
+        self._last: tuple[int, UInt8Array, UInt8Array] | None = None
+
+    def write(self, frame: Frame) -> bool:
+        assert frame.labels is not None
+        if frame.index >= self._count:
+            raise InputError(
+                f"Frame {frame.index} has no labels: there are only {self._count}. A video is scored frame by frame, "
+                "so --labels needs as many label maps as it has frames; --max-frames ends it earlier."
+            )
+        true = self._labels_of(frame.index)
+        predicted = resize_labels(frame.labels, (true.shape[0], true.shape[1]))
+        self._matrix.add(predicted, true)
+        if self._last is not None and self._last[0] == frame.index - 1 and self._last[1].shape == true.shape:
+            steady = (true == self._last[1]) & (true != IGNORE_LABEL)
+            self._steady += int(steady.sum())
+            self._flickered += int((steady & (predicted != self._last[2])).sum())
+        self._last = (frame.index, true, predicted)
+        return True
+
+    def result(self) -> dict[str, Any]:
+        """Return miou, per_class_iou, pixel_accuracy, mean_class_accuracy, images, and flicker_rate (None for one frame)."""
+        scores = self._matrix.scores(self._names).to_dict()
+        return scores | {"flicker_rate": self._flickered / self._steady if self._steady else None}
+
+
+def true_labels(spec: str, split: str, classes: tuple[SegClass, ...]) -> tuple[Callable[[int], UInt8Array], int]:
+    """Return the labels of each frame of a video, and how many there are.
+
+    Args:
+        spec: a data set whose images are the frames, in order (`camvid:PATH`, `folder:PATH`), or a folder of label maps,
+            taken in the order of their names, where values that no class has are ignored.
+        split: "train", "val" or "test", of a data set.
+        classes: what the network knows.
+
+    Raises:
+        InputError: there is no such data set or folder, or it has other classes than the network.
+    """
+    if Path(spec).is_dir():
+        return _masks_in(Path(spec), len(classes))
+    from aicsd_deploy.data.spec import open_dataset
+    from aicsd_deploy.evaluate import check_same_classes
+
+    dataset = open_dataset(spec, split)
+    check_same_classes(classes, dataset.classes, spec=spec)
+    return lambda index: dataset.load(index)[1], len(dataset)
+
+
+def _masks_in(folder: Path, num_classes: int) -> tuple[Callable[[int], UInt8Array], int]:
+    paths = sorted(folder.glob("*.png"))
+    if not paths:
+        raise InputError(f"{folder} holds no label maps (.png).")
+
+    def labels_of(index: int) -> UInt8Array:
+        labels = read_mask(paths[index])
+        return np.where(labels < num_classes, labels, np.uint8(IGNORE_LABEL))
+
+    return labels_of, len(paths)

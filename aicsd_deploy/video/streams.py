@@ -1,0 +1,185 @@
+"""Streams over the network (RTSP, HTTP, UDP, …) and GStreamer pipelines, as live sources."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
+from aicsd_deploy.runtime.base import UInt8Array
+from aicsd_deploy.video.live import Connection, ConnectionLostError, LiveSource
+from aicsd_deploy.video.sources import Source
+from aicsd_deploy.video.video_file import FileSource, av, display_matrix, upright
+
+OPEN_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 3.0
+"""A stream that is silent for so long counts as lost."""
+
+
+class StreamConnection(Connection):
+    """A stream that FFmpeg can open; the decoder holds no frame back."""
+
+    def __init__(self, address: str, *, name: str, container_format: str | None = None) -> None:
+        options = {"fflags": "nobuffer", "flags": "low_delay"}
+        if address.startswith(("rtsp://", "rtsps://")):
+            options["rtsp_transport"] = "tcp"  # a lost UDP packet spoils the picture until the next key frame
+        try:
+            self._container = av.open(
+                address, format=container_format, options=options, timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S)
+            )
+        except (av.error.FFmpegError, OSError) as error:
+            raise InputError(
+                f"{name} cannot be opened ({_reason(error)}). Check the address and that its server is running."
+            ) from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise InputError(f"{name} has no video in it.")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "SLICE"  # decoding several frames at once would delay each of them
+        self.fps = self._stream.average_rate or self._stream.guessed_rate or self.fps
+        self._decoded: Iterator[UInt8Array] = self._decode()
+
+    @property
+    def duration_s(self) -> float | None:
+        """How long it lasts in all; None where nobody knows, as with everything that is live."""
+        duration = self._container.duration
+        return duration / 1e6 if duration is not None and duration > 0 else None
+
+    def read(self) -> UInt8Array | None:
+        try:
+            return next(self._decoded, None)
+        except (av.error.FFmpegError, OSError) as error:
+            raise ConnectionLostError(_reason(error)) from error
+
+    def close(self) -> None:
+        self._container.close()
+        self._decoded = iter(())  # it refers back to this object, and would keep the decoder's memory for a while
+
+    def _decode(self) -> Iterator[UInt8Array]:
+        last_s = 0.0
+        for packet in self._container.demux(self._stream):
+            if packet.size == 0:  # the end of a demuxer that was cut off reads like the end of the stream
+                break
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                self.skipped += 1
+                continue
+            for frame in frames:
+                last_s = float(frame.time or 0.0)
+                image = np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8)
+                yield upright(image, display_matrix(frame))
+        if not self._reached_end(last_s):
+            raise ConnectionLostError("the server closed the connection")
+
+    def _reached_end(self, last_s: float) -> bool:
+        return self.duration_s is not None and last_s >= self.duration_s - 1
+
+
+class GStreamerConnection(StreamConnection):
+    """A GStreamer pipeline, run by gst-launch-1.0 and read through a pipe: any build of OpenCV will do.
+
+    Its process ends well at the end of the stream, and with an error when something broke.
+    """
+
+    def __init__(self, pipeline: str) -> None:
+        if shutil.which("gst-launch-1.0") is None:
+            raise MissingDependencyError(
+                "A GStreamer pipeline needs the program gst-launch-1.0. Install it (on Debian: apt install "
+                "gstreamer1.0-tools gstreamer1.0-plugins-good)."
+            )
+        # As for OpenCV, a pipeline may end in appsink; what follows replaces it. One frame waits at most.
+        elements = re.sub(r"!\s*appsink\b[^!]*$", "", pipeline).strip().rstrip("!")
+        tail = (
+            "! queue leaky=downstream max-size-buffers=1 ! videoconvert ! video/x-raw,format=I420 ! y4menc ! "
+            "fdsink fd=1 sync=false"
+        )
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the connection
+        self._process = subprocess.Popen(
+            ["gst-launch-1.0", "-q", *shlex.split(f"{elements} {tail}")],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            start_new_session=True,  # Ctrl-C is for us: what is under way is finished first
+        )
+        assert self._process.stdout is not None
+        too_late = threading.Timer(OPEN_TIMEOUT_S, self._process.kill)  # FFmpeg's own timeout does not hold for pipes
+        too_late.start()
+        try:
+            super().__init__(
+                f"pipe:{self._process.stdout.fileno()}", name="The pipeline", container_format="yuv4mpegpipe"
+            )
+        except InputError as error:
+            self._end_process()
+            raise InputError(f"The GStreamer pipeline gives no video: {self._complaint() or error}") from error
+        finally:
+            too_late.cancel()
+            too_late.join()
+
+    def _reached_end(self, last_s: float) -> bool:
+        if self._process.wait(timeout=READ_TIMEOUT_S) == 0:
+            return True
+        raise ConnectionLostError(self._complaint() or "gst-launch-1.0 failed")
+
+    def _complaint(self) -> str:
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").splitlines()
+        return next((line for line in lines if "ERROR" in line or "erroneous" in line), lines[0] if lines else "")
+
+    def _end_process(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def cancel(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self._end_process()
+        super().close()
+        self._said.close()
+
+
+def open_stream(address: str) -> Source:
+    """Open a network address. What has an end, such as a file on a web server, is read like a file, every frame.
+
+    Raises:
+        InputError: it cannot be opened, or has no video in it.
+    """
+    name = without_password(address)
+    if not address.startswith(("rtsp://", "rtsps://")):
+        first = StreamConnection(address, name=name)
+        has_an_end = first.duration_s is not None
+        first.close()
+        if has_an_end:
+            return FileSource(address, name=name)
+    return LiveSource(name, lambda: StreamConnection(address, name=name))
+
+
+def open_gstreamer(pipeline: str) -> Source:
+    """Open a GStreamer pipeline as one writes it for gst-launch-1.0, without a sink or with appsink at its end.
+
+    Raises:
+        InputError: the pipeline is wrong, or gives no video.
+        MissingDependencyError: GStreamer is not installed.
+    """
+    return LiveSource("GStreamer pipeline", lambda: GStreamerConnection(pipeline))
+
+
+def without_password(address: str) -> str:
+    """Return an address fit to be printed: what stands before an @ is left out."""
+    return re.sub(r"://[^/@]*@", "://…@", address)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, av.error.ExitError):
+        return "it did not answer in time"
+    return getattr(error, "strerror", None) or first_line(error)

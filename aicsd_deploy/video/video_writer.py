@@ -1,0 +1,181 @@
+"""Frames into an H.264 file, with PyAV and x264."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import cv2
+import numpy as np
+
+from aicsd_deploy.console import say
+from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
+from aicsd_deploy.files import atomic_path
+from aicsd_deploy.runtime.base import UInt8Array
+from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink
+from aicsd_deploy.video.sources import Frame, Source
+from aicsd_deploy.video.video_file import av
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
+
+
+class Mp4Sink(Sink):
+    """An H.264 file that browsers play: 8-bit 4:2:0, index in front, the source's time stamps kept.
+
+    The file appears under its name when it is complete, or when the user interrupts. If the work fails midway, the
+    frames until then are kept, playable, as NAME.partial.SUFFIX. Without a frame there is no file.
+
+    Args:
+        path: where to write; the suffix (.mp4, .mkv, .mov) chooses the container.
+        crf: constant rate factor of x264, 0 (lossless) to 51; 23 is its default.
+        preset: speed preset of x264. "superfast" takes half the CPU time of "veryfast", which goes to the network, for files a sixth larger.
+        audio_of: copy the sound of this file, as it is coded there, beside the frames.
+
+    Raises:
+        InputError: the suffix is another one, or the path is a folder.
+    """
+
+    def __init__(
+        self, path: Path | str, *, crf: int = 21, preset: str = "superfast", audio_of: str | None = None
+    ) -> None:
+        self.path, self.name = Path(path), str(path)
+        if self.path.suffix.lower() not in VIDEO_SUFFIXES:
+            raise InputError(f"Cannot write {path}: the output must end in {', '.join(VIDEO_SUFFIXES)}.")
+        if self.path.is_dir():
+            raise InputError(f"Cannot write {path}: it is a folder. Give a file name.")
+        self._audio_of = audio_of
+        self._audio: AudioCopy | None = None
+        self._options = {"crf": str(crf), "preset": preset}
+        self._container: OutputContainer | None = None
+        self._last_pts = -1
+
+    def open(self, source: Source) -> Self:
+        """Start the file.
+
+        Raises:
+            InputError: the file is the source itself, or cannot be written.
+            MissingDependencyError: PyAV is missing or was built without x264.
+        """
+        if self.path.exists() and Path(source.name).exists() and self.path.samefile(source.name):
+            raise InputError(
+                f"The output {self.path} is the input itself, which would be lost. Choose another name with -o."
+            )
+        if "libx264" not in av.codecs_available:
+            raise MissingDependencyError(
+                "This PyAV was built without libx264, the H.264 encoder. Install av from its wheels."
+            )
+        self._output = atomic_path(self.path)
+        self._temporary = self._output.__enter__()
+        try:
+            faststart = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
+            self._container = av.open(str(self._temporary), "w", options=faststart)
+            self._stream = self._add_stream(self._container, source)
+            if self._audio_of is not None:
+                self._audio = AudioCopy(self._audio_of, self._container)
+        except BaseException as error:
+            self._container = None
+            self._output.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _add_stream(self, container: OutputContainer, source: Source) -> VideoStream:
+        stream = container.add_stream("libx264", rate=source.fps.limit_denominator(1001), options=self._options)
+        stream.height, stream.width = (side + side % 2 for side in source.size_hw)  # 4:2:0 needs even sides
+        stream.pix_fmt = "yuv420p"
+        self._fps = source.fps
+        self._time_base = stream.time_base = stream.codec_context.time_base = source.time_base
+        # Said in the file, since players guess the matrix by the size otherwise: BT.709, limited range.
+        stream.color_primaries = stream.color_trc = stream.colorspace = 1
+        stream.color_range = 1
+        return stream
+
+    def write(self, frame: Frame) -> bool:
+        assert self._container is not None
+        picture = av.VideoFrame.from_numpy_buffer(pad_to_even(frame.image_bgr), format="bgr24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        # Damaged files repeat time stamps or go back, which no container takes.
+        self._last_pts = picture.pts = max(round(frame.time_s / self._time_base), self._last_pts + 1)
+        picture.time_base = self._time_base
+        self._container.mux(self._stream.encode(picture))
+        if self._audio is not None:
+            self._audio.copy_until(frame.time_s)
+        return True
+
+    def close(self, error: BaseException | None) -> None:
+        container, self._container = self._container, None
+        if container is None:
+            return
+        try:
+            if self._last_pts >= 0:
+                container.mux(self._stream.encode(None))
+                if self._audio is not None:
+                    self._audio.copy_until(self._last_pts * self._time_base + 1 / self._fps)
+            container.close()
+        except Exception as failure:  # a full disk
+            self._output.__exit__(type(failure), failure, None)
+            if error is None:
+                raise
+            return
+        if self._last_pts >= 0 and (error is None or isinstance(error, KeyboardInterrupt)):
+            self._output.__exit__(None, None, None)
+            return
+        if self._last_pts >= 0:
+            partial = self.path.with_suffix(f".partial{self.path.suffix}")
+            self._temporary.replace(partial)
+            say(f"The frames until the error are kept in {partial}")
+        unfinished = error or InputError("no frame was written")
+        self._output.__exit__(type(unfinished), unfinished, None)
+
+
+class AudioCopy:
+    """Copies the first sound track of a file, packet by packet as far as the frames have come.
+
+    Raises:
+        InputError: the file has no sound, or the container cannot hold it.
+    """
+
+    def __init__(self, path: str, output: OutputContainer) -> None:
+        self._input, self._output = av.open(path), output
+        if not self._input.streams.audio:
+            self._input.close()
+            raise InputError(f"{path} has no sound to copy. Leave out --audio.")
+        track = self._input.streams.audio[0]
+        try:
+            self._stream = output.add_stream_from_template(track)
+            output.start_encoding()  # writes the header, which fails where the container does not take the codec
+        except (ValueError, av.error.FFmpegError) as error:
+            self._input.close()
+            raise InputError(
+                f"The sound of {path} ({track.codec_context.name}) cannot be copied into this kind of file: "
+                f"{first_line(error)}. Write an .mkv, or leave out --audio."
+            ) from error
+        start_s = Fraction(self._input.start_time or 0, 1_000_000)  # as for the frames
+        self._shift = round(start_s / track.time_base) if track.time_base else 0
+        self._packets = (packet for packet in self._input.demux(track) if packet.dts is not None)
+        self._next = next(self._packets, None)
+
+    def copy_until(self, time_s: float | Fraction) -> None:
+        """Copy the packets that begin before a time of the video."""
+        while (packet := self._next) is not None:
+            assert packet.dts is not None
+            if (packet.dts - self._shift) * packet.time_base >= time_s:
+                return
+            self._next = next(self._packets, None)
+            packet.dts -= self._shift
+            packet.pts = None if packet.pts is None else packet.pts - self._shift
+            packet.stream = self._stream
+            self._output.mux(packet)
+
+    def close(self) -> None:
+        self._input.close()
+
+
+def pad_to_even(image_bgr: UInt8Array) -> UInt8Array:
+    """Return the picture with its last row and column repeated where its height or width is odd."""
+    height, width = image_bgr.shape[:2]
+    if height % 2 == 0 and width % 2 == 0:
+        return np.ascontiguousarray(image_bgr)
+    return np.asarray(cv2.copyMakeBorder(image_bgr, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE), dtype=np.uint8)

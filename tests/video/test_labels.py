@@ -1,0 +1,218 @@
+"""What happens to labels after the network: smoothing, files for other programs, scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from video_helpers import CLASSES, Numbered, Threshold
+
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import SegClass
+from aicsd_deploy.video.label_sinks import PngSink, RleSink, run_lengths
+from aicsd_deploy.video.overlay import Overlay
+from aicsd_deploy.video.pipeline import process_video
+from aicsd_deploy.video.scoring import Scorer, true_labels
+from aicsd_deploy.video.sinks import Sink, SinkGroup
+from aicsd_deploy.video.smooth import LabelSmoother
+from aicsd_deploy.video.sources import Frame
+
+NAMES = ["a", "b", "c"]
+
+
+def smoothed(values: list[int], frames: int) -> list[int]:
+    """What one pixel becomes; the rest of the picture stands still, so that nothing is taken for a cut."""
+    smoother = LabelSmoother(frames)
+    shown = []
+    for value in values:
+        labels = np.zeros((16, 16), np.uint8)
+        labels[3, 5] = value
+        result = smoother(labels)
+        assert not result[:3].any()
+        shown.append(int(result[3, 5]))
+    return shown
+
+
+def test_a_new_label_is_shown_once_it_has_lasted() -> None:
+    assert smoothed([0, 1, 0, 1, 1, 1, 0], 1) == [0, 1, 0, 1, 1, 1, 0]
+    assert smoothed([0, 1, 0, 1, 1, 1, 0, 0], 2) == [0, 0, 0, 0, 1, 1, 0, 0]  # what lies all around comes back at once
+    assert smoothed([0, 1, 1, 2, 2, 2, 1], 3) == [0, 0, 0, 0, 0, 2, 2]
+    assert smoothed([0] * 300 + [1, 1], 2)[-2:] == [0, 1]  # a count of 8 bits does not run over
+
+
+def test_borders_move_at_once() -> None:
+    smoother = LabelSmoother(9)
+    for column in range(20, 40):
+        labels = np.zeros((44, 60), np.uint8)
+        labels[:, column:] = 1
+        np.testing.assert_array_equal(smoother(labels), labels)
+
+
+def test_smoothing_begins_anew_at_a_cut() -> None:
+    smoother = LabelSmoother(5)
+    smoother(np.zeros((16, 16), np.uint8))
+    assert smoother(np.ones((16, 16), np.uint8)).all()
+
+
+def test_what_smoothing_gave_out_is_not_changed_later() -> None:
+    smoother = LabelSmoother(2)
+    given = [smoother(np.full((16, 16), value, np.uint8)) for value in (0, 1)]
+    labels = np.ones((16, 16), np.uint8)
+    labels[:4] = 0
+    smoother(labels)
+    smoother(labels)
+    assert not given[0].any()
+    assert given[1].all()
+
+
+def frames_of(*labels: np.ndarray) -> list[Frame]:
+    return [Frame(n, np.zeros((*one.shape, 3), np.uint8), n / 25, labels=one) for n, one in enumerate(labels)]
+
+
+def write_all(sink: Sink, frames: list[Frame]) -> None:
+    with sink.open(Numbered(len(frames))):
+        for frame in frames:
+            assert sink.write(frame)
+
+
+def test_png_label_maps(tmp_path: Path) -> None:
+    maps = [np.random.default_rng(n).integers(0, 2, (7, 9), np.uint8) for n in range(3)]
+    write_all(PngSink(tmp_path / "maps", CLASSES), frames_of(*maps))
+    for number, labels in enumerate(maps):
+        read = Image.open(tmp_path / "maps" / f"frame_{number:06d}.png")
+        assert read.mode == "L"
+        np.testing.assert_array_equal(np.asarray(read), labels)
+    assert (tmp_path / "maps/classes.txt").read_text() == "0 dark 10 200 30\n1 bright 250 0 120\n"
+    assert (tmp_path / "maps/times.txt").read_text().splitlines()[2] == "frame_000002.png 0.080000"
+
+
+def test_label_maps_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "frame_000000.png").touch()
+    with pytest.raises(InputError, match="not empty"):
+        PngSink(tmp_path, CLASSES)
+
+
+def decode(counts: list[int], size: list[int]) -> np.ndarray:
+    """Undo run lengths as COCO defines them: outside first, column by column."""
+    flat = np.repeat(np.arange(len(counts)) % 2, counts)
+    flat = np.concatenate([flat, np.zeros(size[0] * size[1] - flat.size, int)])
+    return flat.reshape(size, order="F").astype(bool)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_run_lengths_give_the_labels_back(seed: int) -> None:
+    labels = np.random.default_rng(seed).integers(0, 4, (5, 8), np.uint8)  # 3 has no name
+    found = run_lengths(labels, NAMES)
+    assert found["size"] == [5, 8]
+    for value, name in enumerate(NAMES):
+        if (labels == value).any():
+            np.testing.assert_array_equal(decode(found["classes"][name], found["size"]), labels == value)
+    assert set(found["classes"]) <= set(NAMES)
+    assert run_lengths(np.zeros((2, 3), np.uint8), NAMES)["classes"] == {"a": [0, 6]}
+
+
+def test_a_line_of_json_per_frame(tmp_path: Path) -> None:
+    write_all(RleSink(tmp_path / "labels.jsonl", CLASSES), frames_of(np.ones((2, 3), np.uint8)))
+    (line,) = (tmp_path / "labels.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"frame": 0, "time_s": 0.0, "size": [2, 3], "classes": {"bright": [0, 6]}}
+
+
+def test_an_error_leaves_no_half_json(tmp_path: Path) -> None:
+    sink = RleSink(tmp_path / "labels.jsonl", CLASSES).open(Numbered(1))
+    sink.write(frames_of(np.ones((2, 3), np.uint8))[0])
+    sink.close(RuntimeError("broke"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_and_flicker() -> None:
+    true = np.zeros((4, 10), np.uint8)
+    true[:, 5:] = 1
+    true[0] = 255
+    wrong = true.copy()
+    wrong[1:, 0] = 1  # 3 of 30 pixels
+    scorer = Scorer(lambda index: true, 3, ["a", "b"])
+    write_all(scorer, frames_of(*(np.where(one == 255, 0, one).astype(np.uint8) for one in (true, wrong, true))))
+    result = scorer.result()
+    assert result["pixel_accuracy"] == pytest.approx(1 - 3 / 90)
+    assert result["per_class_iou"]["b"] == pytest.approx(45 / 48)
+    assert result["flicker_rate"] == pytest.approx(6 / 60)
+    assert result["images"] == 3
+
+
+def test_pixels_whose_true_class_changes_do_not_count_as_flicker() -> None:
+    maps = [np.zeros((4, 4), np.uint8), np.ones((4, 4), np.uint8)]
+    scorer = Scorer(lambda index: maps[index], 2, ["a", "b"])
+    write_all(scorer, frames_of(*maps))
+    assert scorer.result()["flicker_rate"] is None
+
+
+def test_a_video_is_scored_through_the_pipeline(tmp_path: Path) -> None:
+    for number in range(40):
+        Image.fromarray(np.full((24, 32), int(number * 4 > 127), np.uint8)).save(tmp_path / f"{number:03d}.png")
+    scorer = Scorer(*true_labels(str(tmp_path), "val", CLASSES), ["dark", "bright"])
+    process_video(Numbered(40), Threshold(), SinkGroup([scorer]), overlay=Overlay(CLASSES))
+    assert scorer.result()["miou"] == 1.0
+    with pytest.raises(InputError, match="only 40"):
+        process_video(Numbered(41), Threshold(), scorer, overlay=Overlay(CLASSES))
+
+
+def test_labels_come_from_a_data_set_with_the_same_classes(folder_data: Path) -> None:
+    classes = (SegClass("red", (1, 1, 1)), SegClass("green", (1, 1, 1)), SegClass("blue", (1, 1, 1)))
+    labels_of, count = true_labels(f"folder:{folder_data}", "val", classes)
+    assert count == 4
+    assert (labels_of(0)[:2] == 255).all()
+    with pytest.raises(InputError, match="classes"):
+        true_labels(f"folder:{folder_data}", "val", CLASSES)
+    with pytest.raises(InputError, match="holds no label maps"):
+        true_labels(str(folder_data), "val", CLASSES)
+
+
+def test_only_some_classes_are_shown() -> None:
+    image = np.full((40, 60, 3), 100, np.uint8)
+    labels = np.repeat(np.array([[0], [1]], np.uint8), 20, axis=0).repeat(60, axis=1)
+    Overlay(CLASSES, opacity=1, legend=False, shown=["bright"]).draw(image, labels)
+    assert (image[:20] == 100).all()
+    assert (image[20:] == (120, 0, 250)).all()
+    with pytest.raises(InputError, match=r"no class 'sky'\. It has: dark, bright"):
+        Overlay(CLASSES, shown=["sky"])
+
+
+def test_contours_are_lines_along_the_borders() -> None:
+    image = np.full((40, 60, 3), 100, np.uint8)
+    labels = np.zeros((40, 60), np.uint8)
+    labels[:, 30:] = 1
+    Overlay(CLASSES, opacity=1, legend=False, contour=True).draw(image, labels)
+    changed = (image != 100).any(axis=2)
+    assert changed[:, 29:31].all()
+    assert not changed[:, :26].any()
+    assert not changed[:, 34:].any()
+
+
+def test_the_legend_lists_only_the_classes_that_are_shown() -> None:
+    image = np.zeros((200, 300, 3), np.uint8)
+    Overlay(CLASSES, opacity=0, shown=["bright"]).draw(image, np.zeros((200, 300), np.uint8))
+    assert not image.any()
+
+
+def test_a_sink_that_wants_plain_frames_gets_them_beside_drawn_ones() -> None:
+    seen: dict[str, list[Frame]] = {"plain": [], "drawn": []}
+
+    class Keep(Sink):
+        def __init__(self, name: str) -> None:
+            self.name, self.wants_overlay, self.wants_plain = name, name == "drawn", name == "plain"
+
+        def write(self, frame: Frame) -> bool:
+            seen[self.name].append(frame)
+            return True
+
+    overlay = Overlay(CLASSES, opacity=1, legend=False)
+    process_video(Numbered(3), Threshold(), SinkGroup([Keep("plain"), Keep("drawn")]), overlay=overlay)
+    for number, (plain, drawn) in enumerate(zip(*seen.values(), strict=True)):
+        assert plain.plain_bgr is not None
+        assert (plain.plain_bgr == 4 * number).all()
+        assert (drawn.image_bgr == (30, 200, 10)).all()
+        assert cv2.countNonZero(plain.labels) == 0

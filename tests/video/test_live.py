@@ -1,0 +1,333 @@
+"""Live sources: the newest frame only, losses that are survived, ends that are told apart from losses."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from video_helpers import CLASSES, Threshold, encode, grey_frames, within
+
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.video.live import Connection, ConnectionLostError, LiveSource, open_camera
+from aicsd_deploy.video.overlay import Overlay
+from aicsd_deploy.video.pipeline import process_video
+from aicsd_deploy.video.sinks import Sink
+from aicsd_deploy.video.sources import Frame, SyntheticSource, open_source
+from aicsd_deploy.video.streams import without_password
+from benchmarks.live_soak import clock_in
+
+SYSTEM_PYTHON = "/usr/bin/python3"  # has GStreamer's bindings, if there are any
+pytestmark = pytest.mark.usefixtures("no_threads_left")
+
+
+class Scripted(Connection):
+    """Plays a list: a number is a grey picture, "lost" breaks off, "end" ends."""
+
+    fps = Fraction(30)
+
+    def __init__(self, play: list[object]) -> None:
+        self._play = iter(play)
+        self.closed = False
+
+    def read(self):  # type: ignore[no-untyped-def]
+        item = next(self._play, "lost")
+        if item == "lost":
+            raise ConnectionLostError("cable pulled")
+        return None if item == "end" else np.full((24, 32, 3), item, np.uint8)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def scripted(*plays: object) -> tuple[Callable[[], Connection], list[Scripted]]:
+    """Return a way to connect that plays one list after the other, and the connections that were made."""
+    made: list[Scripted] = []
+    coming = iter(plays)
+
+    def connect() -> Connection:
+        play = next(coming, None)
+        if not isinstance(play, list):
+            raise InputError("nobody answers")
+        made.append(Scripted(play))
+        return made[-1]
+
+    return connect, made
+
+
+def test_a_loss_is_survived_and_the_end_is_not_one(capsys: pytest.CaptureFixture[str]) -> None:
+    connect, made = scripted([1, 2, "lost"], "refused", [3, "lost"], [4, "end"])
+    with LiveSource("cam", connect) as source:
+        frames = list(source)
+    assert [int(f.image_bgr[0, 0, 0]) for f in frames] == [1, 2, 3, 4]
+    assert [f.index for f in frames] == [0, 1, 2, 3]
+    assert (source.reconnects, source.lost) == (2, False)
+    assert all(connection.closed for connection in made)
+    assert "cable pulled" in capsys.readouterr().err
+
+
+def test_a_source_that_does_not_come_back_is_lost() -> None:
+    connect, _ = scripted([1, "lost"])
+    with LiveSource("cam", connect, patience_s=0.3) as source:
+        assert len(list(source)) == 1
+    assert source.lost
+
+
+def test_waiting_for_a_source_can_be_ended() -> None:
+    connect, _ = scripted([1, "lost"])
+    with LiveSource("cam", connect) as source:
+        threading.Timer(0.2, source.cancel).start()
+        assert len(within(10, lambda: list(source))) == 1
+    assert not source.lost
+
+
+def test_frames_of_another_size_after_a_loss_are_fitted() -> None:
+    class Large(Scripted):
+        def read(self):  # type: ignore[no-untyped-def]
+            image = super().read()
+            return None if image is None else np.full((48, 64, 3), image[0, 0, 0], np.uint8)
+
+    connections = iter([Scripted([1, "lost"]), Large([9, "end"])])
+    with LiveSource("cam", lambda: next(connections)) as source:
+        assert [f.image_bgr.shape for f in source] == [(24, 32, 3)] * 2
+
+
+@pytest.mark.parametrize(("play", "says"), [(["lost"], "cable pulled"), (["end"], "before its first picture")])
+def test_a_source_without_a_picture_is_an_input_error(play: list[object], says: str) -> None:
+    connect, made = scripted(play)
+    with pytest.raises(InputError, match=says):
+        LiveSource("cam", connect)
+    assert made[0].closed
+
+
+def test_the_age_of_frames_is_counted_and_the_newest_is_shown() -> None:
+    class Fast(Connection):
+        fps, left = Fraction(100), 60
+
+        def read(self):  # type: ignore[no-untyped-def]
+            self.left -= 1
+            time.sleep(0.005)
+            return np.zeros((24, 32, 3), np.uint8) if self.left else None
+
+    class Slow(Threshold):
+        def infer(self, frames_NHWC):  # type: ignore[no-untyped-def]
+            time.sleep(0.03)
+            return super().infer(frames_NHWC)
+
+    class Keep(Sink):
+        name, frames = "keep", []  # type: ignore[var-annotated]
+
+        def write(self, frame: Frame) -> bool:
+            self.frames.append(frame.index)
+            return True
+
+    with LiveSource("fast", Fast) as source:
+        result = process_video(source, Slow(), Keep(), overlay=Overlay(CLASSES))
+    assert result.dropped > 20
+    assert Keep.frames[-1] == 58  # the last of 59
+    assert result.age_ms.size == result.frames_out
+    # A queue of more than one frame between any two stages would let ages grow to several inferences.
+    assert np.median(result.age_ms) < 100
+    assert result.ended == "end"
+
+
+def test_a_lost_source_is_told_in_the_result() -> None:
+    class Nothing(Sink):
+        name = "nothing"
+
+        def write(self, frame: Frame) -> bool:
+            return True
+
+    connect, _ = scripted([1, 2, "lost"])
+    with LiveSource("cam", connect, patience_s=0.1) as source:
+        result = process_video(source, Threshold(), Nothing(), overlay=Overlay(CLASSES))
+    assert (result.ended, result.interrupted) == ("lost", False)
+
+
+def test_a_camera_through_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Camera:
+        left = 3
+
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def isOpened(self) -> bool:
+            return self.index == 0
+
+        def read(self):  # type: ignore[no-untyped-def]
+            self.left -= 1
+            return (True, np.zeros((24, 32, 3), np.uint8)) if self.left >= 0 else (False, None)
+
+        def get(self, what: int) -> float:
+            return 29.97
+
+        def set(self, what: int, value: float) -> bool:
+            return True
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr("cv2.VideoCapture", Camera)
+    with pytest.raises(InputError, match="Camera 1"):
+        open_camera(1)
+    monkeypatch.setattr("sys.platform", "other")  # where there is no /dev/video0 to look for
+    with open_source(None) as source:
+        assert source.name == "camera 0"
+        frames = iter(source)
+        assert [next(frames).index for _ in range(3)] == [0, 1, 2]
+        source.cancel()
+        assert list(frames) == []
+
+
+def test_without_a_camera_the_built_in_scene_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("aicsd_deploy.video.sources.Path.exists", lambda path: False)
+    source = open_source(None, synthetic_hw=(48, 64), endless=True)
+    assert isinstance(source, SyntheticSource)
+    assert source.frame_count is None
+
+
+def test_a_source_can_be_looped(tmp_path: Path) -> None:
+    path = encode(tmp_path / "in.mp4", grey_frames(3))
+    with open_source(str(path), loop=True) as source:
+        frames = [frame for frame, _ in zip(source, range(7), strict=False)]
+    assert [f.index for f in frames] == list(range(7))
+    assert [f.time_s for f in frames] == pytest.approx([n / 25 for n in range(7)])
+    np.testing.assert_array_equal(frames[6].image_bgr, frames[0].image_bgr)
+
+
+def test_passwords_are_not_printed() -> None:
+    assert without_password("rtsp://me:secret@cam/1") == "rtsp://…@cam/1"
+    assert without_password("rtsp://cam/a@b") == "rtsp://cam/a@b"
+
+
+@pytest.fixture
+def web_server(tmp_path: Path) -> Iterator[str]:
+    """A web server with clip.mp4, and with /live, which breaks off after a few motion JPEG frames."""
+    encode(tmp_path / "clip.mp4", grey_frames(10))
+    jpeg = encode(tmp_path / "one.mjpeg", grey_frames(1), codec="mjpeg", pix_fmt="yuvj420p").read_bytes()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(tmp_path))  # type: ignore[arg-type]
+
+        def do_GET(self) -> None:
+            if self.path != "/live":
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace;boundary=x")
+            self.end_headers()
+            for _ in range(8):
+                part = b"--x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg)
+                self.wfile.write(part + jpeg + b"\r\n")
+                time.sleep(0.01)
+            return None
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:  # who has read enough hangs up
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_file_on_a_web_server_is_read_like_a_file(web_server: str) -> None:
+    with open_source(f"{web_server}/clip.mp4") as source:
+        assert not source.live
+        assert [f.index for f in source] == list(range(10))
+
+
+def test_a_live_http_stream_is_reconnected_when_it_breaks_off(web_server: str) -> None:
+    def read() -> list[Frame]:
+        with open_source(f"{web_server}/live") as source:
+            assert source.live
+            frames = [frame for frame, _ in zip(source, range(12), strict=False)]
+            assert source.reconnects == 1
+            return frames
+
+    frames = within(30, read)
+    assert [f.index for f in frames] == list(range(12))
+    assert frames[11].image_bgr.mean() == pytest.approx(20, abs=3)
+
+
+def test_an_address_where_nothing_is_is_an_input_error(web_server: str) -> None:
+    with pytest.raises(InputError, match="cannot be opened"):
+        open_source(f"{web_server}/missing.mp4")
+
+
+has_gstreamer = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="needs GStreamer (gst-launch-1.0)")
+
+
+@has_gstreamer
+@pytest.mark.parametrize("sink", ["", " ! appsink drop=true max-buffers=1"])
+def test_a_gstreamer_pipeline(sink: str) -> None:
+    pipeline = (
+        f"videotestsrc is-live=true num-buffers=20 pattern=red ! video/x-raw,width=64,height=48,framerate=30/1{sink}"
+    )
+    with open_source(pipeline) as source:
+        frames = within(20, lambda: list(source))
+    assert 1 <= len(frames) <= 20
+    np.testing.assert_allclose(frames[0].image_bgr[24, 32], (0, 0, 255), atol=12)
+    assert (source.live, source.lost, source.size_hw) == (True, False, (48, 64))
+
+
+@has_gstreamer
+def test_a_gstreamer_pipeline_that_is_wrong_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="nosuchsrc"):
+        open_source("nosuchsrc ! videoconvert")
+
+
+SERVER = [SYSTEM_PYTHON, str(Path(__file__).parents[2] / "tools" / "rtsp_server.py"), "--fps", "25", "--port"]
+
+
+def has_rtsp_server() -> bool:
+    bindings = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
+    return Path(SYSTEM_PYTHON).exists() and subprocess.run([SYSTEM_PYTHON, "-c", bindings], check=False).returncode == 0
+
+
+def start_server(port: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen([*SERVER, str(port)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "rtsp://" in process.stdout.readline()
+    return process
+
+
+@pytest.mark.slow
+def test_an_rtsp_server_that_is_killed_and_started_again() -> None:
+    if not has_rtsp_server():
+        pytest.skip("needs GStreamer's RTSP server and its bindings; tools/rtsp_server.py says which packages")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = start_server(port)
+    try:
+        with open_source(f"rtsp://127.0.0.1:{port}/live") as source:
+            frames = iter(source)
+            seen = [next(frames) for _ in range(5)]
+            server.kill()
+            server.wait()
+            server = start_server(port)
+            seen += [within(30, lambda: next(frames)) for _ in range(5)]
+            assert source.reconnects == 1
+    finally:
+        server.kill()
+        server.wait()
+    assert (source.live, source.size_hw) == (True, (360, 480))
+    assert [f.index for f in seen] == list(range(10))
+    # The pictures carry the moment at which they were made; a backlog from before the connection would show.
+    age_ms = (time.monotonic() * 1000 - clock_in(seen[-1].image_bgr)) % 2**32
+    assert age_ms < 5000
