@@ -20,6 +20,7 @@ SCRIPTS = {
     "distill": ("train/distill.py", "distil a student from a teacher"),
     "evaluate": ("train/evaluate.py", "score an artefact on a data set"),
     "export": ("export/to_onnx.py", "turn a checkpoint into an ONNX file"),
+    "int8": ("export/to_int8.py", "turn an ONNX file into INT8"),
     "tensorrt": ("export/to_trt.py", "turn an ONNX file into a TensorRT engine"),
     "benchmark": ("demo/benchmark.py", "measure accuracy and latency of artefacts side by side"),
     "video": ("demo/video.py", "segment a video"),
@@ -74,6 +75,17 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small; give 1 or more")
     return value
+
+
+def fraction_of_100(text: str) -> float:
+    """Read points of a hundred, 0 to 100, as a fraction: "1" is 0.01."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give 0 to 100")
+    return value / 100
 
 
 def device_name(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
-from aicsd_deploy.runtime.base import Backend, UInt8Array
+from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array
+from aicsd_deploy.runtime.ort_profile import profile, stages
 
 
 class OrtBackend(Backend):
@@ -23,11 +25,12 @@ class OrtBackend(Backend):
             raise MissingDependencyError(
                 f"Running {path} needs ONNX Runtime. Install it with: pip install 'aicsd-deploy[cpu]' (or [gpu])"
             ) from error
-        options = ort.SessionOptions()
+        self._path = path
+        self._options = options = ort.SessionOptions()
         options.log_severity_level = 4  # what matters is raised below
         if threads is not None:
             options.intra_op_num_threads = threads
-        wanted = _providers(ort, device)
+        self._providers = wanted = _providers(ort, device)
         try:
             self._session = ort.InferenceSession(str(path), options, providers=wanted)
         except Exception as error:  # its errors share no base class
@@ -37,6 +40,10 @@ class OrtBackend(Backend):
             ) from error
         self._assert_provider(device)
         self.metadata = _read_metadata(self._session, path)
+        if self.metadata.provenance.get("int8_target") == "tensorrt":
+            # The CPU stands in for TensorRT here. Its own integer kernels saturate on 8-bit weights where it has no VNNI.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            self._session = ort.InferenceSession(str(path), options, providers=wanted)
         self.name = "onnxruntime " + self._session.get_providers()[0].removesuffix("ExecutionProvider")
         self._input = self._session.get_inputs()[0].name
 
@@ -44,6 +51,10 @@ class OrtBackend(Backend):
         self.check_frames(frames_NHWC)
         (labels_NHW,) = self._session.run(None, {self._input: frames_NHWC})
         return np.asarray(labels_NHW, dtype=np.uint8)
+
+    def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
+        runs = [stages(run) for run in profile(self._path, self._options, self._providers, batches_NHWC)]
+        return {name: float(np.median([run[name] for run in runs])) for name in STAGES if runs and name in runs[0]}
 
     def _assert_provider(self, device: str) -> None:
         """Refuse the silent change to the CPU that ONNX Runtime makes when CUDA's libraries are missing."""
