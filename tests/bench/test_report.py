@@ -19,13 +19,13 @@ from aicsd_deploy.bench.pictures import LOST_BGR, OTHER_BGR, WON_BGR, draw_diffe
 from aicsd_deploy.bench.report_files import to_markdown, write_report
 from aicsd_deploy.runtime.base import open_backend
 
-ARTIFACTS = ["runs/teacher/best.pt", "runs/student/best.pt", "runs/student/student.onnx"]
+TEACHER, CHECKPOINT, ONNX = "runs/teacher/best.pt", "runs/student/best.pt", "runs/student/student.onnx"
 
 
 @pytest.fixture(scope="module")
 def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    arguments = [*ARTIFACTS, "--rounds", 3, "--out", folder, "--reference", ARTIFACTS[1]]
+    arguments = [TEACHER, ONNX, "--rounds", 3, "--out", folder, "--reference", ONNX]
     result = call_script("demo/benchmark.py", *arguments, cwd=trained)
     assert result.returncode == 0, result.stderr
     return folder
@@ -90,8 +90,8 @@ def test_the_page_needs_no_network_and_holds_every_part(made: Path, report: dict
     page = Page(text)
     assert not [a for a in page.addresses if not a.startswith("data:image/jpeg;base64,")]
     assert not re.search(r"https?://|@import|<script", text)
-    assert len(page.addresses) == 2 * 2 * 4, "two frames of two artefacts, in four panels each"
-    assert text.count("<svg viewBox") >= 3 + 2
+    assert len(page.addresses) == 2 * 4, "two frames of one artefact, in four panels each"
+    assert text.count("<svg viewBox") >= 3 + 1
     assert report["provenance"]["command"] in text.replace("&gt;", ">")
     assert "prefers-color-scheme: dark" in text
 
@@ -113,14 +113,13 @@ def test_the_json_is_complete(report: dict[str, Any]) -> None:
         assert row["compute_share"] > 0
     agreements = [row["agreement"] for row in report["artifacts"]]
     assert agreements[1] == 1.0, "with itself"
-    assert agreements[2] > 0.995
-    assert agreements[0] < 1.0
+    assert 0.5 < agreements[0] < 1.0
 
 
 def test_work_is_counted_alike_in_both_kinds_of_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AICSD_TRUST", "tiny_network:tiny")
     monkeypatch.chdir(trained)
-    torch, onnx = (count_work(trained / path) for path in ARTIFACTS[1:])
+    torch, onnx = (count_work(trained / path) for path in (CHECKPOINT, ONNX))
     # tiny_network at 48x64: 16 filters of 5x5x3 at 12x16, 3 filters of 1x1x16
     expected = 2 * 12 * 16 * (16 * 75 + 3 * 16)
     assert torch.gflops == onnx.gflops == pytest.approx(expected / 1e9)
@@ -130,7 +129,7 @@ def test_work_is_counted_alike_in_both_kinds_of_file(trained: Path, monkeypatch:
 
 def test_a_worse_artefact_fails_the_gate_and_the_report_is_written(made: Path, trained: Path, tmp_path: Path) -> None:
     baseline = json.loads((made / "report.json").read_text())
-    command = ["demo/benchmark.py", ARTIFACTS[2], "--rounds", 1, "--no-pictures", "--out", tmp_path / "new"]
+    command = ["demo/benchmark.py", ONNX, "--rounds", 1, "--no-pictures", "--out", tmp_path / "new"]
     fine = ["--fail-if", "miou<-0.005"]
     result = call_script(*command, "--baseline", made / "report.json", *fine, cwd=trained)
     assert result.returncode == 0, result.stderr
@@ -184,7 +183,7 @@ def test_mlperf_scenarios(trained: Path) -> None:
     from aicsd_deploy.bench.loadgen import run_loadgen
 
     frames = [np.full((1, 48, 64, 3), i, np.uint8) for i in range(4)]
-    with open_backend(trained / ARTIFACTS[2], device="cpu", threads=1) as backend:
+    with open_backend(trained / ONNX, device="cpu", threads=1) as backend:
         found = run_loadgen(backend, frames, seconds=0.3, batch=1)
     assert found["single_stream_valid"]
     assert found["offline_valid"]
