@@ -85,6 +85,6 @@ def headline(report: dict[str, Any]) -> list[str]:
         classes = f"; most in {', '.join(lost[:2])}" if lost else ""
         lines.append(
             f"{name} takes {tables.number(row['p50_ms'])} ms a frame, {ratio:.2f} times as fast as "
-            f"{names[report['reference']]}, and has {points:+.2f} points of mIoU{classes}."
+            f"{names[report['reference']]}, and {'gains' if points >= 0 else 'loses'} {abs(points):.2f} points of mIoU{classes}."
         )
     return lines
