@@ -24,6 +24,7 @@ from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.runs import newest_artifact
 from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.runtime.ort_backend import DISABLED_OPTIMIZERS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     ]
     say(table(["", f"mIoU on {spec} (val), %", "p50 here, ms", "file, MB"], rows))
+    if result.float_layers:
+        say(
+            f"Open this file with disabled_optimizers={DISABLED_OPTIMIZERS} in programs of your own: it has float layers."
+        )
     if args.target == "cpu" and times[1].p50_ms >= times[0].p50_ms:
         say("INT8 is not faster than float32 on this CPU; use it only for its size.")
     say(f"{out}\nnext: python demo/benchmark.py {source} {out}")

@@ -15,13 +15,15 @@ _HEAVY = ("Conv", "MatMul", "Gemm")
 _COPIES = {"MemcpyFromHost": "host_to_device", "MemcpyToHost": "device_to_host"}
 
 
-def profile(path: Path, options: Any, providers: Sequence[Any], batches_NHWC: Sequence[UInt8Array]) -> list[list[Any]]:
+def profile(
+    path: Path, options: Any, providers: Sequence[Any], disabled: Sequence[str], batches_NHWC: Sequence[UInt8Array]
+) -> list[list[Any]]:
     """Run a file with the profiler on; profiling slows it, so it gets a session of its own.
 
     Args:
         path: the .onnx file.
         options: the `SessionOptions` to run it with; profiling is switched on in them for this call.
-        providers: as `InferenceSession` takes them.
+        providers, disabled: providers and disabled optimizers, as `InferenceSession` takes them.
         batches_NHWC: uint8 (N, H, W, 3) each; the first is a warm-up and is left out.
 
     Returns:
@@ -32,7 +34,9 @@ def profile(path: Path, options: Any, providers: Sequence[Any], batches_NHWC: Se
     with tempfile.TemporaryDirectory(prefix="aicsd.profile.") as folder:
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "ort")
         try:
-            session = ort.InferenceSession(str(path), options, providers=list(providers))
+            session = ort.InferenceSession(
+                str(path), options, providers=list(providers), disabled_optimizers=list(disabled)
+            )
         finally:
             options.enable_profiling = False
         name = session.get_inputs()[0].name
