@@ -21,6 +21,7 @@ SCRIPTS = {
     "study": ("train/study.py", "compare distillation methods over several seeds"),
     "evaluate": ("train/evaluate.py", "score an artefact on a data set"),
     "export": ("export/to_onnx.py", "turn a checkpoint into an ONNX file"),
+    "int8": ("export/to_int8.py", "turn an ONNX file into INT8"),
     "tensorrt": ("export/to_trt.py", "turn an ONNX file into a TensorRT engine"),
     "benchmark": ("demo/benchmark.py", "measure accuracy and latency of artefacts side by side"),
     "video": ("demo/video.py", "segment a video"),
@@ -88,18 +89,27 @@ def shape_nhw(text: str) -> tuple[int, int, int]:
 
 def fraction(text: str) -> float:
     """Read a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; give a share from 0 to 1")
-    return value
+    return _number_to(1, text)
+
+
+def fraction_of_100(text: str) -> float:
+    """Read points of a hundred, 0 to 100, as a fraction: "1" is 0.01."""
+    return _number_to(100, text) / 100
 
 
 def names(text: str) -> tuple[str, ...]:
     """Read "sm86,sm89" as its parts, each once, in small letters."""
     return tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+
+
+def _number_to(limit: int, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= limit:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give 0 to {limit}")
+    return value
 
 
 def device_name(text: str) -> str:

@@ -1,8 +1,10 @@
-"""Measure accuracy and latency of artefacts side by side, into report.json and report.md.
+"""Measure accuracy, latency and cost of artefacts side by side: report.html, report.md, report.json, MODEL_CARD.md.
 
-    python demo/benchmark.py teacher.pt student.pt student.onnx --data camvid:/data/CamVid --out runs/report
+    python demo/benchmark.py teacher.pt student.pt student.onnx student.int8.onnx --data camvid:/data/CamVid --out runs/report
+    python demo/benchmark.py student.onnx --baseline main/report.json --fail-if "p50_ms>1.1x" --fail-if "miou<-0.005"
 
-Without artefacts: the newest student under runs/, its teacher and its exported file.
+Without artefacts: the newest student under runs/, its teacher and its exported file. With --fail-if, exit code 3 where an
+artefact is worse than the one of the same name in the baseline; the report is written all the same.
 """
 
 from __future__ import annotations
@@ -10,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.bench.report import benchmark, summary_table, write_report
+from aicsd_deploy.bench.gate import Rule, read_baseline, require_no_worse
+from aicsd_deploy.bench.report import benchmark
+from aicsd_deploy.bench.report_files import write_report
+from aicsd_deploy.bench.tables import noise, summary
 from aicsd_deploy.cli import Parser, add_json_flag, device_name, positive_int, run, write_result
-from aicsd_deploy.console import say
+from aicsd_deploy.console import say, table
 from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.runs import newest_comparison
 from aicsd_deploy.runtime.base import open_backend
 
@@ -26,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the report (default: that of the last artefact)"
     )
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="artefact to hold the others against (default: the first)"
+    )
     parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--threads",
@@ -34,18 +43,51 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="CPU threads for every network (default: as the runtimes choose)",
     )
     parser.add_argument("--rounds", type=positive_int, metavar="N", default=20, help="rounds of timing, 5 frames each")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier report.json, for --fail-if")
+    parser.add_argument(
+        "--fail-if",
+        metavar="RULE",
+        action="append",
+        default=[],
+        help="p50_ms>1.1x (ratio), miou<-0.005 (difference) or p50_ms>20 (value); may be given again",
+    )
+    parser.add_argument(
+        "--loadgen", metavar="SECONDS", type=positive_int, help="also run MLPerf's load generator, so long per scenario"
+    )
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="no frames in report.html, where the data may not be shown"
+    )
     add_json_flag(parser)
     args = parser.parse_args(argv)
     paths = args.artifacts or newest_comparison()
+    if args.reference is not None and args.reference not in paths:
+        raise InputError(f"--reference {args.reference} is none of the artefacts: {', '.join(map(str, paths))}.")
+    if bool(args.baseline) != bool(args.fail_if):
+        raise InputError(
+            "--baseline and --fail-if go together: one is the report to compare with, the other the limit."
+        )
+    rules = [Rule.parse(text) for text in args.fail_if]
+    baseline = read_baseline(args.baseline) if args.baseline else None
     with open_backend(paths[0], device=args.device) as first:
         spec = args.data or first.metadata.data
-    report = benchmark(
-        paths, open_dataset(spec, args.split), device=args.device, threads=args.threads, rounds=args.rounds
+    report, pictures = benchmark(
+        paths,
+        open_dataset(spec, args.split),
+        reference=paths.index(args.reference) if args.reference else 0,
+        device=args.device,
+        threads=args.threads,
+        rounds=args.rounds,
+        loadgen_s=args.loadgen,
+        pictures=not args.no_pictures,
     )
-    written = write_report(report, args.out or paths[-1].parent)
+    written = write_report(report, pictures, args.out or paths[-1].parent)
     write_result(report, args.json)
-    say("\n" + summary_table(report))
+    say("\n" + table(*summary(report)))
+    for line in noise(report):
+        say(f"noisy: {line}")
     say("\n".join(str(path) for path in written))
+    if baseline:
+        say("\n".join(require_no_worse(report, baseline, rules)))
 
 
 if __name__ == "__main__":

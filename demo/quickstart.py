@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"teacher {percent(teacher['miou'])} % mIoU, student alone {percent(alone['miou'])} %, student with AICSD "
         f"{percent(student['miou'])} % = {100 * student['miou'] / max(teacher['miou'], 1e-9):.1f} % of its teacher"
     )
-    say(f"Look at {out / 'report.md'}, {out / 'video.mp4'} and the pictures in {out / 'student'}.")
+    say(f"Look at {out / 'report.html'}, {out / 'video.mp4'} and the pictures in {out / 'student'}.")
 
 
 def heading(text: str) -> None:

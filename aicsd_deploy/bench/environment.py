@@ -23,7 +23,11 @@ PACKAGES = (
     "opencv-python-headless",
     "opencv-python",
     "av",
+    "openvino",
+    "mlcommons-loadgen",
 )
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
+"""Vector extensions that decide how quick float and INT8 arithmetic are, as /proc/cpuinfo calls them."""
 
 
 def environment() -> dict[str, Any]:
@@ -36,6 +40,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "cpu": _cpu_name(),
+        "cpu_features": _cpu_features(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": _gpu_names(),
@@ -54,6 +59,15 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _cpu_features() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return [name for name in CPU_FEATURES if name in flags]
 
 
 def _gpu_names() -> list[str]:

@@ -12,69 +12,130 @@ from aicsd_deploy.console import progress
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import resize_image
 
+STABLE = 0.05
+"""Warm-up ends when two windows of frames have medians that differ by less than this part."""
+WARMUP_WINDOW, WARMUP_MAX = 5, 60
+NOISY_INTERVAL, NOISY_JITTER = 0.05, 0.25
+CONFIDENCE_PERCENT = 95
+
 
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds from a frame in host memory to its labels in host memory, one frame at a time; no outlier is dropped.
 
     Attributes:
-        p50_ms, p90_ms, p99_ms, mean_ms: of all timed frames.
+        p50_ms, p90_ms, p95_ms, p99_ms, mean_ms: of all timed frames.
+        p50_interval_ms: 95 % confidence interval of the median, from a bootstrap over blocks of rounds.
+        jitter_ms: standard deviation.
         fps: timed frames by the time they took.
         frames: how many frames were timed.
+        warmup_frames: how many went before.
+        noise: what makes the figures less than certain, in words; empty where nothing was seen.
+        times_ms: every single time, in order.
     """
 
     p50_ms: float
+    p50_interval_ms: tuple[float, float]
     p90_ms: float
+    p95_ms: float
     p99_ms: float
     mean_ms: float
+    jitter_ms: float
     fps: float
     frames: int
+    warmup_frames: int
+    noise: tuple[str, ...]
+    times_ms: tuple[float, ...]
 
     @classmethod
-    def of(cls, times_ms: Sequence[float]) -> Latency:
-        """Sum up single times, in milliseconds."""
-        p50, p90, p99 = (float(v) for v in np.percentile(times_ms, [50, 90, 99]))
-        mean = float(np.mean(times_ms))
-        return cls(p50, p90, p99, mean, 1000 / mean, len(times_ms))
+    def of(cls, rounds_ms: Sequence[Sequence[float]], *, warmup_frames: int = 0, stable: bool = True) -> Latency:
+        """Sum up single times in milliseconds, grouped by round."""
+        times = np.asarray([time for times in rounds_ms for time in times])
+        p50, p90, p95, p99 = (float(v) for v in np.percentile(times, [50, 90, 95, 99]))
+        low, high = median_interval(rounds_ms)
+        mean, jitter = float(times.mean()), float(times.std())
+        noise = []
+        if not stable:
+            noise.append(f"still changing by more than {100 * STABLE:.0f} % after {warmup_frames} warm-up frames")
+        if (high - low) / 2 > NOISY_INTERVAL * p50:
+            noise.append(f"the median is uncertain by {50 * (high - low) / p50:.0f} %")
+        if jitter > NOISY_JITTER * mean:
+            noise.append(f"frames scatter by {100 * jitter / mean:.0f} % of their mean")
+        rounded = tuple(round(float(v), 4) for v in times)
+        return cls(
+            p50, (low, high), p90, p95, p99, mean, jitter, 1000 / mean, len(times), warmup_frames, tuple(noise), rounded
+        )
+
+
+def median_interval(rounds_ms: Sequence[Sequence[float]], *, resamples: int = 2000) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the median.
+
+    Neighbouring frames share the machine's mood, so that single times are not independent: whole blocks of consecutive
+    rounds, a fifth of the run each, are drawn with replacement (circular block bootstrap, Politis and Romano 1992).
+    """
+    rounds = np.asarray(rounds_ms)
+    count = len(rounds)
+    block = max(1, count // 5)
+    starts = np.random.default_rng(0).integers(0, count, (resamples, -(-count // block)))
+    drawn = ((starts[:, :, None] + np.arange(block)) % count).reshape(resamples, -1)[:, :count]
+    medians = np.median(rounds[drawn].reshape(resamples, -1), axis=1)
+    tail = (100 - CONFIDENCE_PERCENT) / 2
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def measure_latency(
-    backends: Sequence[Backend],
-    frames_bgr: Sequence[UInt8Array],
-    *,
-    rounds: int = 20,
-    per_round: int = 5,
-    warmup: int = 10,
+    backends: Sequence[Backend], frames_bgr: Sequence[UInt8Array], *, rounds: int = 20, per_round: int = 5
 ) -> list[Latency]:
     """Time several backends in turns, so that drift of the machine's speed hits all of them alike.
 
     Args:
         backends: what to time; each gets the frames at its own size and channel order, resized before the clock starts.
         frames_bgr: real frames, uint8 (H, W, 3).
-        rounds: how often every backend has its turn.
+        rounds: how often every backend has its turn; each round starts with another one.
         per_round: timed frames in a turn; one more before them, not timed, brings the backend's data back into the caches.
-        warmup: frames that each backend sees before the first round.
     """
-    prepared = [_prepare(backend, frames_bgr) for backend in backends]
-    times_ms: list[list[float]] = [[] for _ in backends]
-    for backend, frames in zip(backends, prepared, strict=True):
-        for i in range(warmup):
-            backend.infer(frames[i % len(frames)])
+    prepared = [prepare_frames(backend, frames_bgr) for backend in backends]
+    times_ms: list[list[list[float]]] = [[] for _ in backends]
+    warm = [_warm_up(backend, frames) for backend, frames in zip(backends, prepared, strict=True)]
     with progress("timing", rounds) as advance:
         for turn in range(rounds):
-            for backend, frames, times in zip(backends, prepared, times_ms, strict=True):
+            for place in range(len(backends)):
+                which = (turn + place) % len(backends)
+                backend, frames = backends[which], prepared[which]
                 backend.infer(frames[turn % len(frames)])
-                for i in range(per_round):
-                    frame = frames[(turn * per_round + i) % len(frames)]
-                    start = time.perf_counter()
-                    backend.infer(frame)
-                    times.append(1000 * (time.perf_counter() - start))
+                start = turn * per_round
+                times_ms[which].append(
+                    [_infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + per_round)]
+                )
             advance()
-    return [Latency.of(times) for times in times_ms]
+    return [
+        Latency.of(times, warmup_frames=count, stable=stable)
+        for times, (count, stable) in zip(times_ms, warm, strict=True)
+    ]
 
 
-def _prepare(backend: Backend, frames_bgr: Sequence[UInt8Array]) -> list[UInt8Array]:
+def prepare_frames(backend: Backend, frames_bgr: Sequence[UInt8Array]) -> list[UInt8Array]:
+    """Return the frames as a backend takes them: its size, its channel order, one to a batch."""
     frames = [resize_image(frame, backend.metadata.image_size_hw) for frame in frames_bgr]
     if backend.metadata.channel_order == "rgb":
         frames = [frame[..., ::-1] for frame in frames]
     return [np.ascontiguousarray(frame)[None] for frame in frames]
+
+
+def _warm_up(backend: Backend, frames: Sequence[UInt8Array]) -> tuple[int, bool]:
+    """Run until the time per frame is stable; return how many frames that took, and whether it became stable."""
+    before = 0.0
+    for start in range(0, WARMUP_MAX, WARMUP_WINDOW):
+        window = [_infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + WARMUP_WINDOW)]
+        median = float(np.median(window))
+        if before and abs(median - before) < STABLE * before:
+            return start + WARMUP_WINDOW, True
+        before = median
+    return WARMUP_MAX, False
+
+
+def _infer_ms(backend: Backend, frames_NHWC: UInt8Array) -> float:
+    start = time.perf_counter()
+    backend.infer(frames_NHWC)
+    return 1000 * (time.perf_counter() - start)

@@ -1,132 +1,117 @@
-"""Accuracy and latency of artefacts side by side: report.json for programs, report.md for people."""
+"""Accuracy, latency and cost of artefacts side by side, as the content of report.json."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from aicsd_deploy.bench.accuracy import score_together
 from aicsd_deploy.bench.environment import environment
-from aicsd_deploy.bench.latency import measure_latency
-from aicsd_deploy.console import percent, say, table
+from aicsd_deploy.bench.footprint import count_work, measure_footprint
+from aicsd_deploy.bench.latency import measure_latency, prepare_frames
+from aicsd_deploy.bench.loadgen import require_loadgen, run_loadgen
+from aicsd_deploy.bench.machine_load import watch_machine
+from aicsd_deploy.bench.peak import measure_peak
+from aicsd_deploy.bench.pictures import Picture, draw_frames
+from aicsd_deploy.bench.throughput import measure_throughput
+from aicsd_deploy.console import progress, say
 from aicsd_deploy.data.dataset import SegmentationDataset
-from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.export.verify import frames_for_comparison
-from aicsd_deploy.files import write_json, write_text
 from aicsd_deploy.metadata import provenance
 from aicsd_deploy.runtime.base import open_backend
 
-SCHEMA_VERSION = 1
-TIMED_FRAMES = 16
+SCHEMA_VERSION = 2
+TIMED_FRAMES, STAGE_FRAMES = 16, 11
 
 
 def benchmark(
-    paths: Sequence[Path], dataset: SegmentationDataset, *, device: str, threads: int | None, rounds: int
-) -> dict[str, Any]:
-    """Score and time artefacts and return the content of report.json.
+    paths: Sequence[Path],
+    dataset: SegmentationDataset,
+    *,
+    reference: int = 0,
+    device: str,
+    threads: int | None,
+    rounds: int,
+    loadgen_s: float | None = None,
+    pictures: bool = True,
+) -> tuple[dict[str, Any], list[Picture]]:
+    """Score and time artefacts.
+
+    Args:
+        paths: the artefacts.
+        dataset: labelled images to score on; the timed frames are among them.
+        reference: which of the artefacts the others are held against.
+        device: as for `open_backend`.
+        threads: CPU threads for every network; None leaves it to the runtimes.
+        rounds: rounds of timing, 5 frames each.
+        loadgen_s: seconds for each scenario of MLPerf's load generator; None leaves it out.
+        pictures: draw the worst and a typical frame of each artefact.
+
+    Returns:
+        the content of report.json, and the pictures, in the order of the artefacts.
 
     Raises:
         InputError: an artefact cannot be loaded, or has other classes than the data.
+        MissingDependencyError: the load generator is asked for and not installed.
     """
-    backends = [open_backend(path, device=device, threads=threads) for path in paths]
-    try:
-        rows = []
+    if loadgen_s is not None:
+        require_loadgen()
+    with ExitStack() as stack:
+        backends = [stack.enter_context(open_backend(path, device=device, threads=threads)) for path in paths]
         for path, backend in zip(paths, backends, strict=True):
             say(f"{path}: {backend.name} on {backend.device}")
-            scores = evaluate(backend, dataset, title=f"scoring {path.name}").scores(backend.metadata.class_names)
-            rows.append({"path": str(path), **scores.to_dict()})
+        accuracies = score_together(backends, dataset, reference=reference)
         frames = frames_for_comparison(dataset, count=TIMED_FRAMES)
-        latencies = measure_latency(backends, frames, rounds=rounds)
-        for row, path, backend, latency in zip(rows, paths, backends, latencies, strict=True):
-            metadata = backend.metadata
-            row |= asdict(latency) | {
-                "runtime": backend.name,
-                "device": backend.device,
-                "precision": metadata.precision,
-                "image_size_hw": list(metadata.image_size_hw),
-                "model": metadata.model,
-                "role": metadata.role,
-                "method": metadata.method,
-                "file_mb": path.stat().st_size / 1e6,
-            }
-    finally:
-        for backend in backends:
-            backend.close()
-    return {
+        with watch_machine() as load:
+            latencies = measure_latency(backends, frames, rounds=rounds)
+        peak = measure_peak(backends[0].device)
+        rows = []
+        with progress("stages, batches, memory", len(paths)) as advance:
+            for path, backend, accuracy, latency in zip(paths, backends, accuracies, latencies, strict=True):
+                metadata, prepared = backend.metadata, prepare_frames(backend, frames)
+                work, throughput = count_work(path), measure_throughput(backend, prepared)
+                stages_ms = backend.time_stages([prepared[i % len(prepared)] for i in range(STAGE_FRAMES)])
+                seconds = latency.p50_ms / 1000
+                row: dict[str, Any] = {"path": str(path), **accuracy.scores.to_dict(), "agreement": accuracy.agreement}
+                row |= {
+                    "worst_frame": dataset.name(accuracy.worst_frame),
+                    "typical_frame": dataset.name(accuracy.typical_frame),
+                }
+                row |= asdict(latency) | {"stages_ms": stages_ms, "throughput": asdict(throughput)}
+                row["throughput"]["fps_by_batch"] = {str(k): v for k, v in throughput.fps_by_batch.items()}
+                row |= asdict(work) | asdict(measure_footprint(path, device=device, threads=threads))
+                row |= {
+                    "compute_share": None if work.gflops is None else work.gflops / seconds / peak.gflops,
+                    "bandwidth_share": None if work.traffic_mb is None else work.traffic_mb / 1e3 / seconds / peak.bandwidth_gbs,
+                    "loadgen": loadgen_s
+                    and run_loadgen(backend, prepared, seconds=loadgen_s, batch=throughput.best_batch),
+                    "runtime": backend.name,
+                    "device": backend.device,
+                    "precision": metadata.precision,
+                    "image_size_hw": list(metadata.image_size_hw),
+                    "model": metadata.model,
+                    "role": metadata.role,
+                    "method": metadata.method,
+                    "file_mb": path.stat().st_size / 1e6,
+                    "artifact_provenance": metadata.provenance,
+                }  # fmt: skip
+                rows.append(row)
+                advance()
+        drawn = draw_frames(backends, dataset, accuracies, reference=reference) if pictures else []
+    report = {
         "schema_version": SCHEMA_VERSION,
         "data": dataset.spec,
         "split": dataset.split,
+        "reference": reference,
         "threads": threads,
         "artifacts": rows,
+        "peak": asdict(peak),
+        "machine_load": asdict(load),
+        "noise": load.noise(),
         "environment": environment(),
         "provenance": provenance(),
     }
-
-
-def summary_table(report: dict[str, Any]) -> str:
-    """Return accuracy and latency of every artefact as a Markdown table."""
-    headers = [
-        "artefact",
-        "network",
-        "method",
-        "runtime",
-        "mIoU, %",
-        "p50, ms",
-        "p90, ms",
-        "p99, ms",
-        "fps",
-        "file, MB",
-    ]
-    rows = [
-        [
-            row["path"],
-            f"{row['role']} {row['model']}",
-            row["method"],
-            f"{row['runtime']} {row['precision']}",
-            percent(row["miou"]),
-            *(f"{row[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
-            f"{row['fps']:.1f}",
-            f"{row['file_mb']:.1f}",
-        ]
-        for row in report["artifacts"]
-    ]
-    return table(headers, rows)
-
-
-def to_markdown(report: dict[str, Any]) -> str:
-    """Return report.md: the summary, the classes, how it was measured and on what."""
-    artifacts, machine = report["artifacts"], report["environment"]
-    sizes = ", ".join(sorted({"x".join(map(str, row["image_size_hw"])) for row in artifacts}))
-    classes = [
-        [name, *(percent(row["per_class_iou"][name]) for row in artifacts)] for name in artifacts[0]["per_class_iou"]
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    return f"""# Accuracy and latency
-
-{summary_table(report)}
-
-mIoU on {report["data"]} ({report["split"]}, {artifacts[0]["images"]} images), at the size of the labels. Latency is host to
-host, uint8 frame in and uint8 labels out (normalisation, upsampling and argmax included), one frame at a time at {sizes} (HxW):
-{artifacts[0]["frames"]} real frames per artefact, timed in turns after a warm-up, no outlier dropped.
-
-## IoU of each class, %
-
-{table(["class", *(f"{Path(row['path']).parent.name}/{Path(row['path']).name}" for row in artifacts)], classes)}
-
-## Measured on
-
-- CPU: {machine["cpu"]}, {machine["cpu_cores"]} cores, {machine["memory_gib"]} GiB; threads: {report["threads"] or "as the runtimes choose"}
-- GPU: {"; ".join(machine["gpu"]) or "none"}
-- {machine["system"]}, Python {machine["python"]}, {versions}
-- aicsd-deploy {report["provenance"]["aicsd_deploy"]}, git {machine["git"] or "unknown"}, {report["provenance"]["created"]}
-- `{report["provenance"]["command"]}`
-"""
-
-
-def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write report.json and report.md into a folder."""
-    paths = [folder / "report.json", folder / "report.md"]
-    write_json(paths[0], report)
-    write_text(paths[1], to_markdown(report))
-    return paths
+    return report, drawn

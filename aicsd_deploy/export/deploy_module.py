@@ -40,10 +40,19 @@ class DeployModule(nn.Module):
         self.flip = metadata.channel_order == "bgr"
 
     def forward(self, frames_NHWC: Tensor) -> Tensor:
+        logits_BCHW = self.network(self.before(frames_NHWC))
+        return self.after(logits_BCHW, frames_NHWC.shape[1], frames_NHWC.shape[2])
+
+    def before(self, frames_NHWC: Tensor) -> Tensor:
+        """Turn uint8 frames into the normalised images (N, 3, H, W) that the network takes."""
         # The cast comes before the permutation: TensorRT transposes no uint8.
         images_BCHW = frames_NHWC.float().permute(0, 3, 1, 2)
         if self.flip:
             images_BCHW = images_BCHW.flip(1)
-        logits_BCHW = self.network(self.normalize(images_BCHW))
-        full_BCHW = F.interpolate(logits_BCHW, size=frames_NHWC.shape[1:3], mode="bilinear", align_corners=False)
+        normalized_BCHW: Tensor = self.normalize(images_BCHW)
+        return normalized_BCHW
+
+    def after(self, logits_BCHW: Tensor, height: int, width: int) -> Tensor:
+        """Turn logits (N, C, h, w) into uint8 labels (N, height, width)."""
+        full_BCHW = F.interpolate(logits_BCHW, size=(height, width), mode="bilinear", align_corners=False)
         return full_BCHW.argmax(dim=1).to(torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,8 @@ from aicsd_deploy.metadata import Metadata
 
 UInt8Array = npt.NDArray[np.uint8]
 SUFFIXES = (".pt", ".onnx", ".plan")
+STAGES = ("host_to_device", "preprocessing", "network", "postprocessing", "device_to_host")
+"""What a frame goes through, in order; see `Backend.time_stages`."""
 
 
 class Backend(ABC):
@@ -47,6 +50,17 @@ class Backend(ABC):
         Raises:
             InputError: the frames have another shape or type than the artefact takes.
         """
+
+    def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
+        """Return the median milliseconds of those `STAGES` that the runtime can tell apart; none by default.
+
+        On a GPU they are taken with CUDA events or the runtime's own profiler. The network goes from the first to the last
+        convolution or matrix multiplication.
+
+        Args:
+            batches_NHWC: what to run, as `infer` takes it; the first is a warm-up.
+        """
+        return {}
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release
         """Release what the backend holds; it is not used after."""

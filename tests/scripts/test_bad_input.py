@@ -160,6 +160,28 @@ CASES = {
         "none",
     ),
     "video, a plan without its card": ("demo/video.py --engine {t}/bare.plan -o {o}.mp4", "bare.plan.json"),
+    "to_int8, missing": ("export/to_int8.py {t}/none.onnx -o {o}.onnx", "none.onnx"),
+    "to_int8, cut": ("export/to_int8.py {t}/cut.onnx -o {o}.onnx", "cut.onnx"),
+    "to_int8, a checkpoint": ("export/to_int8.py " + CKPT + " -o {o}.onnx", "to_onnx.py"),
+    "to_int8, wrong suffix": ("export/to_int8.py " + ONNX + " -o {o}.plan", ".onnx"),
+    "to_int8, other data": ("export/to_int8.py " + ONNX + " --data synthetic -o {o}.onnx", "classes are not those"),
+    "to_int8, a share of what": ("export/to_int8.py " + ONNX + " --max-miou-drop much -o {o}.onnx", "much"),
+    "benchmark, a rule that is none": (
+        "demo/benchmark.py " + ONNX + " --baseline {t}/text.onnx --fail-if p50_ms --out {o}",
+        "is no rule",
+    ),
+    "benchmark, a baseline that is none": (
+        "demo/benchmark.py " + ONNX + " --baseline {t}/text.onnx --fail-if p50_ms>1.1x --out {o}",
+        "no report.json",
+    ),
+    "benchmark, a rule without a baseline": (
+        "demo/benchmark.py " + ONNX + " --fail-if p50_ms>1.1x --out {o}",
+        "go together",
+    ),
+    "benchmark, a reference that is not there": (
+        "demo/benchmark.py " + ONNX + " --reference x.onnx --out {o}",
+        "none of the artefacts",
+    ),
     "benchmark, missing": ("demo/benchmark.py {t}/none.onnx --out {o}", "none.onnx"),
     "benchmark, cut": ("demo/benchmark.py " + ONNX + " {t}/cut.onnx --out {o}", "cut.onnx"),
     "benchmark, empty": ("demo/benchmark.py {t}/empty.onnx --out {o}", "empty.onnx"),
@@ -189,7 +211,14 @@ def test_bad_input(case: str, trained: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_to_work_on_is_said_with_the_way_out(tmp_path: Path) -> None:
-    for script in ("export/to_onnx.py", "export/to_trt.py", "demo/benchmark.py", "demo/video.py", "train/evaluate.py"):
+    for script in (
+        "export/to_onnx.py",
+        "export/to_int8.py",
+        "export/to_trt.py",
+        "demo/benchmark.py",
+        "demo/video.py",
+        "train/evaluate.py",
+    ):
         result = call_script(script, cwd=tmp_path)
         assert result.returncode == 2, (script, result.stderr)
         assert "train/distill.py" in result.stderr
@@ -211,7 +240,7 @@ def test_tensorrt_says_what_this_machine_lacks(trained: Path, tmp_path: Path) ->
         pytest.skip("this machine has an NVIDIA driver")
 
 
-SCRIPTS = ["train/teacher.py", "train/distill.py", "train/study.py", "train/evaluate.py", "export/to_onnx.py", "export/to_trt.py", "demo/benchmark.py", "demo/video.py", "demo/quickstart.py"]  # fmt: skip
+SCRIPTS = ["train/teacher.py", "train/distill.py", "train/study.py", "train/evaluate.py", "export/to_onnx.py", "export/to_int8.py", "export/to_trt.py", "demo/benchmark.py", "demo/video.py", "demo/quickstart.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,7 +15,7 @@ def test_export_and_benchmark_without_flags(trained: Path) -> None:
     result = call_script("demo/benchmark.py", "--rounds", 2, cwd=trained)
     assert result.returncode == 0, result.stderr
     report = json.loads((trained / "runs/student/report.json").read_text())
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     names = [Path(row["path"]).as_posix() for row in report["artifacts"]]
     assert [name.split("runs/")[1] for name in names] == ["teacher/best.pt", "student/best.pt", "student/student.onnx"]
     markdown = (trained / "runs/student/report.md").read_text()

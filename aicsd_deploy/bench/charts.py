@@ -1,0 +1,196 @@
+"""The report's drawings as inline SVG: they take their colours from the page, so that they work on light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from math import floor, log10
+
+from aicsd_deploy.runtime.base import STAGES
+
+WIDTH = 720
+_LEFT = 190
+"""Room for the names of artefacts, in pixels of the drawing."""
+
+
+def pareto(
+    names: Sequence[str], p50_ms: Sequence[float], intervals_ms: Sequence[Sequence[float]], miou: Sequence[float]
+) -> str:
+    """Draw mIoU over latency, artefacts that no other beats in both joined by a line.
+
+    Args:
+        names: one for each artefact, as for the other arguments.
+        p50_ms: median latency; the axis is logarithmic.
+        intervals_ms: confidence interval of the median, (low, high).
+        miou: fractions, 0 to 1.
+    """
+    height, left, right, top, bottom = 360, 56, 150, 16, 44
+    x_low, x_high = 0.8 * min(p50_ms), 1.25 * max(p50_ms)
+    spread = max(0.01, max(miou) - min(miou))
+    y_low, y_high = max(0.0, min(miou) - 0.25 * spread), min(1.0, max(miou) + 0.25 * spread)
+
+    def x(ms: float) -> float:
+        return left + (WIDTH - left - right) * (log10(ms / x_low) / log10(x_high / x_low))
+
+    def y(score: float) -> float:
+        return top + (height - top - bottom) * (1 - (score - y_low) / (y_high - y_low))
+
+    parts = []
+    for tick in _log_ticks(x_low, x_high):
+        parts.append(_line(x(tick), top, x(tick), height - bottom, "grid"))
+        parts.append(_text(x(tick), height - bottom + 18, f"{tick:g}", "middle"))
+    for tick in _ticks(100 * y_low, 100 * y_high):
+        parts.append(_line(left, y(tick / 100), WIDTH - right, y(tick / 100), "grid"))
+        parts.append(_text(left - 8, y(tick / 100) + 4, f"{tick:g}", "end"))
+    parts.append(
+        _text(
+            (left + WIDTH - right) / 2,
+            height - 6,
+            "median latency, ms (logarithmic) – further left is faster",
+            "middle",
+        )
+    )
+    parts.append(_text(left - 48, top + 2, "mIoU, %", "start"))
+    best = [i for i in range(len(names)) if not _beaten(i, p50_ms, miou)]
+    best.sort(key=lambda i: p50_ms[i])
+    points = " ".join(f"{x(p50_ms[i]):.1f},{y(miou[i]):.1f}" for i in best)
+    parts.append(f'<polyline points="{points}" class="front"/>')
+    label_y: list[float] = []
+    for i in sorted(range(len(names)), key=lambda i: y(miou[i])):
+        at_x, at_y = x(p50_ms[i]), y(miou[i])
+        low, high = intervals_ms[i]
+        parts.append(_line(x(low), at_y, x(high), at_y, f"whisker s{i % 8}"))
+        text = f"{names[i]}: {p50_ms[i]:.2f} ms, {100 * miou[i]:.2f} %"
+        parts.append(
+            f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="6" class="s{i % 8}"><title>{escape(text)}</title></circle>'
+        )
+        place = at_y + 4
+        while any(abs(place - other) < 14 for other in label_y):  # names of neighbours must not lie on each other
+            place += 2
+        label_y.append(place)
+        parts.append(_text(at_x + 11, place, names[i], "start", "label"))
+    return _svg(height, "mIoU over latency", parts)
+
+
+def stage_bars(names: Sequence[str], stages_ms: Sequence[dict[str, float]], p50_ms: Sequence[float]) -> str:
+    """Draw what each artefact spends on each stage of a frame, beside its median from host to host.
+
+    Args:
+        names: one for each artefact, as for the other arguments.
+        stages_ms: milliseconds by stage; empty where the runtime does not tell.
+        p50_ms: the median from host to host, drawn as a mark.
+    """
+    longest = 1.02 * max([*p50_ms, *(sum(stages.values()) for stages in stages_ms)])
+    scale = (WIDTH - _LEFT - 90) / longest
+    parts = []
+    for row, (name, stages, p50) in enumerate(zip(names, stages_ms, p50_ms, strict=True)):
+        top = 34 * row + 8
+        parts.append(_text(_LEFT - 8, top + 15, name, "end", "label"))
+        at = float(_LEFT)
+        for stage in STAGES:
+            if stage in stages:
+                width = stages[stage] * scale
+                tip = f"{name}, {stage.replace('_', ' ')}: {stages[stage]:.2f} ms"
+                parts.append(_bar(at, top, width, 22, f"stage-{stage}", tip))
+                at += width
+        mark = _LEFT + p50 * scale
+        parts.append(_line(mark, top - 3, mark, top + 25, "mark"))
+        parts.append(
+            _text(max(at, mark) + 8, top + 15, f"{p50:.2f} ms" if stages else f"{p50:.2f} ms, not told", "start")
+        )
+    return _svg(34 * len(names) + 10, "stages of a frame", parts)
+
+
+def distributions(names: Sequence[str], times_ms: Sequence[Sequence[float]]) -> str:
+    """Draw every single frame time as a dot, and the median as a mark: nothing is left out.
+
+    Args:
+        names: one for each artefact.
+        times_ms: every timed frame; the axis is logarithmic.
+    """
+    x_low, x_high = 0.9 * min(map(min, times_ms)), 1.1 * max(map(max, times_ms))
+    height = 44 * len(names) + 40
+
+    def x(ms: float) -> float:
+        return _LEFT + (WIDTH - _LEFT - 16) * (log10(ms / x_low) / log10(x_high / x_low))
+
+    parts = []
+    for tick in _log_ticks(x_low, x_high):
+        parts.append(_line(x(tick), 4, x(tick), height - 30, "grid"))
+        parts.append(_text(x(tick), height - 14, f"{tick:g}", "middle"))
+    parts.append(_text(_LEFT - 8, height - 14, "ms per frame", "end"))
+    for row, (name, times) in enumerate(zip(names, times_ms, strict=True)):
+        middle = 44 * row + 26
+        parts.append(_text(_LEFT - 8, middle + 4, name, "end", "label"))
+        for i, time in enumerate(times):
+            offset = 13 * (2 * ((i * 0.6180339887) % 1) - 1)  # spread evenly, so that dots of equal times are all seen
+            parts.append(f'<circle cx="{x(time):.1f}" cy="{middle + offset:.1f}" r="2.2" class="s{row % 8} dot"/>')
+        median = sorted(times)[len(times) // 2]
+        parts.append(_line(x(median), middle - 18, x(median), middle + 18, "mark"))
+    return _svg(height, "distribution of latency", parts)
+
+
+def class_bars(classes: Sequence[str], reference_iou: Sequence[float | None], iou: Sequence[float | None]) -> str:
+    """Draw the IoU of each class beside that of the reference; the order is the caller's.
+
+    Args:
+        classes: names.
+        reference_iou: fractions of the reference, as a mark; None for a class that never occurs.
+        iou: fractions of the artefact, as a bar.
+    """
+    scale = (WIDTH - _LEFT - 130) * 1.0
+    parts = []
+    for row, (name, before, now) in enumerate(zip(classes, reference_iou, iou, strict=True)):
+        top = 24 * row + 4
+        parts.append(_text(_LEFT - 8, top + 13, name, "end"))
+        change = None if before is None or now is None else 100 * (now - before)
+        if now is not None:
+            kind = (
+                "worse" if change is not None and change < -0.05 else "better" if change and change > 0.05 else "same"
+            )
+            parts.append(_bar(_LEFT, top, now * scale, 17, kind, f"{name}: {100 * now:.2f} %"))
+        if before is not None:
+            parts.append(_line(_LEFT + before * scale, top - 2, _LEFT + before * scale, top + 19, "mark"))
+        text = "–" if now is None else f"{100 * now:.2f}" + ("" if change is None else f"  ({change:+.2f})")
+        parts.append(_text(_LEFT + scale + 10, top + 13, text, "start"))
+    return _svg(24 * len(classes) + 8, "IoU by class", parts)
+
+
+def _beaten(i: int, p50_ms: Sequence[float], miou: Sequence[float]) -> bool:
+    return any(
+        p50_ms[k] <= p50_ms[i] and miou[k] >= miou[i] and (p50_ms[k], miou[k]) != (p50_ms[i], miou[i])
+        for k in range(len(miou))
+    )
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    steps = (1, 2, 5) if high / low < 200 else (1,)
+    powers = range(floor(log10(low)), floor(log10(high)) + 1)
+    found = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+    return found if len(found) > 1 else _ticks(low, high)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers in a range."""
+    rough = (high - low) / 5
+    power = 10.0 ** floor(log10(rough))
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first = floor(low / step) + 1
+    return [round(step * n, 10) for n in range(first, first + 12) if step * n <= high]
+
+
+def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def _bar(x: float, y: float, width: float, height: float, kind: str, tip: str) -> str:
+    size = f'width="{max(0.0, width):.1f}" height="{height}"'
+    return f'<rect x="{x:.1f}" y="{y:.1f}" {size} rx="2" class="{kind}"><title>{escape(tip)}</title></rect>'

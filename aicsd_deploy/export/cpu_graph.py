@@ -1,0 +1,122 @@
+"""The deployed graph rewritten for INT8 on a CPU: the first convolution reads the pixels, the end works channels-last.
+
+A float normalisation before a quantised network costs more than several of its layers: 0.5 million multiplications and
+additions, then a rounding back to eight bits. Pixels are eight-bit numbers already, so the normalisation and the channel
+order go into the weights of the first convolution: w * ((p / 255 - mean) / std) = w / (255 std) * (p - zero) + constant.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import Metadata
+
+PIXELS = "aicsd_pixels"
+"""The tensor that carries the pixel values, less `PIXEL_ZERO`, as float32 (N, 3, H, W) in the float form of the graph."""
+PIXEL_ZERO = 114
+"""Zero point of the pixels: what padding reads. It lies between the means of the three channels; the mean itself, which
+padded normalised images hold, differs from channel to channel, so labels can differ by a pixel at the border."""
+_FRAMES_NCHW = "aicsd_frames_nchw"
+
+
+def fold_preprocessing(model: onnx.ModelProto, metadata: Metadata) -> None:
+    """Put normalisation and channel order into the first convolution, in place.
+
+    Raises:
+        InputError: something else than the preprocessing of `DeployModule` stands before the first convolution.
+    """
+    graph = model.graph
+    before, conv = _nodes_before_first_conv(graph)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    weight, bias = (numpy_helper.to_array(constants[name]) for name in conv.input[1:3])
+    mean, std = (np.asarray(values).reshape(1, 3, 1, 1) for values in (metadata.mean, metadata.std))
+    on_pixels = weight / (255 * std)
+    shifted = bias + (on_pixels * (PIXEL_ZERO - 255 * mean)).sum(axis=(1, 2, 3))
+    if metadata.channel_order == "bgr":
+        on_pixels = on_pixels[:, ::-1]
+    constants[conv.input[1]].CopyFrom(
+        numpy_helper.from_array(np.ascontiguousarray(on_pixels, np.float32), conv.input[1])
+    )
+    constants[conv.input[2]].CopyFrom(numpy_helper.from_array(shifted.astype(np.float32), conv.input[2]))
+    for node in before:
+        graph.node.remove(node)
+    frames = graph.input[0].name
+    graph.initializer.append(numpy_helper.from_array(np.array(PIXEL_ZERO, np.float32), f"{PIXELS}_zero"))
+    for place, node in enumerate(
+        (
+            helper.make_node("Transpose", [frames], [_FRAMES_NCHW], perm=[0, 3, 1, 2]),
+            helper.make_node("Cast", [_FRAMES_NCHW], [f"{PIXELS}_cast"], to=TensorProto.FLOAT),
+            helper.make_node("Sub", [f"{PIXELS}_cast", f"{PIXELS}_zero"], [PIXELS]),
+        )
+    ):
+        graph.node.insert(place, node)
+    conv.input[0] = PIXELS
+    _drop_unused_constants(graph)
+
+
+def read_pixels_directly(model: onnx.ModelProto) -> None:
+    """After quantisation: let the first convolution dequantise the uint8 frames themselves, in place."""
+    graph = model.graph
+    quantize = next(node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == PIXELS)
+    dequantize = next(node for node in graph.node if node.input and node.input[0] == quantize.output[0])
+    dequantize.input[0] = _FRAMES_NCHW
+    gone = [n for n in graph.node if n is quantize or n.output[0] in (PIXELS, f"{PIXELS}_cast")]
+    for node in gone:
+        graph.node.remove(node)
+    _drop_unused_constants(graph)
+
+
+def end_channels_last(model: onnx.ModelProto) -> None:
+    """Let the last upsampling and the argmax work on (N, H, W, C), in place: both are quicker there in ONNX Runtime.
+
+    A graph whose end looks otherwise, or whose frames may have any size, is left as it is.
+    """
+    graph = model.graph
+    argmax = next((node for node in graph.node if node.op_type == "ArgMax"), None)
+    resize = next((n for n in graph.node if argmax and n.op_type == "Resize" and n.output[0] == argmax.input[0]), None)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    if argmax is None or resize is None or len(resize.input) < 4 or resize.input[3] not in constants:
+        return
+    sizes = numpy_helper.to_array(constants[resize.input[3]])
+    axis = next(attribute for attribute in argmax.attribute if attribute.name == "axis")
+    if sizes.size != 4 or axis.i != 1:
+        return
+    graph.initializer.append(numpy_helper.from_array(sizes[[0, 2, 3, 1]], "aicsd_sizes_nhwc"))
+    transpose = helper.make_node("Transpose", [resize.input[0]], ["aicsd_logits_nhwc"], perm=[0, 2, 3, 1])
+    graph.node.insert(list(graph.node).index(resize), transpose)
+    resize.input[0], resize.input[3] = "aicsd_logits_nhwc", "aicsd_sizes_nhwc"
+    axis.i = 3
+    _drop_unused_constants(graph)
+    # The shapes that the exporter noted are those of the channels-first form.
+    for value in [v for v in graph.value_info if v.name == resize.output[0]]:
+        graph.value_info.remove(value)
+
+
+def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    before: list[onnx.NodeProto] = []
+    tensor = graph.input[0].name
+    while len(readers.get(tensor, [])) == 1:
+        (node,) = readers[tensor]
+        if node.op_type == "Conv" and len(node.input) == 3:
+            return before, node
+        if node.op_type not in ("Cast", "Transpose", "Slice", "Mul", "Add"):
+            break
+        before.append(node)
+        tensor = node.output[0]
+    raise InputError(
+        "The graph does not start as export/to_onnx.py writes it (cast, channel order, normalisation, convolution with a "
+        "bias), so its preprocessing cannot be put into the first layer. Use --target tensorrt or both, or export it again."
+    )
+
+
+def _drop_unused_constants(graph: onnx.GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)

@@ -1,0 +1,168 @@
+"""INT8 within an allowed loss: calibration methods tried, costly layers found and left in float, the rest proved on val."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from aicsd_deploy.console import percent, progress, say
+from aicsd_deploy.data.dataset import LabelledImage, SegmentationDataset
+from aicsd_deploy.errors import VerificationError
+from aicsd_deploy.evaluate import evaluate
+from aicsd_deploy.export.quantize import Quantizer, Target
+from aicsd_deploy.export.verify import compare, frames_for_comparison
+from aicsd_deploy.metrics import Scores
+from aicsd_deploy.runtime.base import Backend, open_backend
+
+COMPARED_FRAMES = 8
+
+
+@dataclass
+class Int8Result:
+    """What was tried and what came of it; mIoU in fractions, 0 to 1.
+
+    Attributes:
+        float_scores, int8_scores: on the validation images.
+        method: the calibration method that was kept.
+        methods: method → mIoU on training images that calibration did not see.
+        layer_costs: layer → share of pixels that change their label when this layer is quantised besides the chains between
+            the layers; empty unless the search was needed.
+        float_layers: layers left in float32.
+    """
+
+    float_scores: Scores
+    int8_scores: Scores
+    method: str
+    methods: dict[str, float] = field(default_factory=dict)
+    layer_costs: dict[str, float] = field(default_factory=dict)
+    float_layers: list[str] = field(default_factory=list)
+
+    @property
+    def drop(self) -> float:
+        """mIoU lost on the validation images."""
+        return self.float_scores.miou - self.int8_scores.miou
+
+
+class Subset(SegmentationDataset):
+    """Some images of a data set."""
+
+    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
+        self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
+        self._dataset, self._indices = dataset, list(indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._dataset.name(self._indices[index])
+
+    def load(self, index: int) -> LabelledImage:
+        return self._dataset.load(self._indices[index])
+
+
+def quantize_within(
+    source: Path,
+    out: Path,
+    *,
+    target: Target,
+    train: SegmentationDataset,
+    val: SegmentationDataset,
+    frames: int,
+    methods: Sequence[str],
+    keep_float: Sequence[str] = (),
+    max_miou_drop: float,
+) -> Int8Result:
+    """Write an INT8 form of a float file that loses no more mIoU than allowed.
+
+    Methods are compared on training images, so that the validation images judge a choice they did not make.
+
+    Args:
+        source: the float32 file.
+        out: where the result goes; the last thing tried stands there, so give a temporary path.
+        target: what the result is for.
+        train: its images calibrate and choose.
+        val: its images prove.
+        frames: how many images calibrate; as many others choose.
+        methods: calibration methods to try.
+        keep_float: of "first" and "last", the layers to leave in float anyway.
+        max_miou_drop: mIoU that may be lost, as a fraction.
+
+    Raises:
+        VerificationError: it loses more even with half of its layers in float.
+    """
+    calibration = sorted({round(i) for i in np.linspace(0, len(train) - 1, min(frames, len(train)))})
+    others = [i for i in range(len(train)) if i not in set(calibration)] or list(range(len(train)))
+    chosen = sorted({others[round(i)] for i in np.linspace(0, len(others) - 1, min(frames, len(others)))})
+    held_out = Subset(train, chosen)
+    images = frames_for_comparison(Subset(train, calibration), count=len(calibration))
+    quantizer = Quantizer(source, images, target=target)
+    try:
+        with open_backend(source, device="cpu") as backend:
+            float_scores = _scores(backend, val, "scoring the float file")
+        always = [quantizer.layers[{"first": 0, "last": -1}[name]] for name in keep_float]
+        result = Int8Result(float_scores, float_scores, methods[0], float_layers=always)
+
+        def attempt(dataset: SegmentationDataset, method: str, layers: Sequence[str], title: str) -> Scores:
+            quantizer.write(out, method=method, float_layers=layers, notes={"int8_float_layers": " ".join(layers)})
+            with open_backend(out, device="cpu") as candidate:
+                return _scores(candidate, dataset, title)
+
+        for method in methods if len(methods) > 1 else ():
+            result.methods[method] = attempt(held_out, method, always, f"trying {method}").miou
+            say(f"{method}: {percent(result.methods[method])} % mIoU on {len(held_out)} training images")
+        proved = False
+        # The methods differ by little, so that the next one is tried before a layer is given up.
+        for method in sorted(methods, key=lambda name: -result.methods.get(name, 0.0)):
+            scores = attempt(val, method, always, f"proving {method}")
+            say(f"{method}: loses {100 * (float_scores.miou - scores.miou):.2f} points on the validation images")
+            if not proved or scores.miou > result.int8_scores.miou:
+                result.method, result.int8_scores, proved = method, scores, True
+            if result.drop <= max_miou_drop:
+                break
+        if result.drop > max_miou_drop:
+            say(
+                f"loses {100 * result.drop:.2f} points of mIoU, {100 * max_miou_drop:.2f} are allowed: looking for costly layers"
+            )
+            result.layer_costs = _layer_costs(quantizer, held_out, result.method)
+        ranked = sorted(result.layer_costs, key=lambda name: -result.layer_costs[name])
+        count = 1
+        while result.drop > max_miou_drop and count <= len(ranked) // 2:
+            result.float_layers = [*always, *(name for name in ranked[:count] if name not in always)]
+            result.int8_scores = attempt(val, result.method, result.float_layers, f"proving, {count} layers in float")
+            say(f"{count} layers in float: {100 * result.drop:.2f} points lost")
+            count *= 2
+    finally:
+        quantizer.close()
+    if result.drop > max_miou_drop:
+        raise VerificationError(
+            f"INT8 loses {100 * result.drop:.2f} points of mIoU ({percent(float_scores.miou)} to "
+            f"{percent(result.int8_scores.miou)} %), at most {100 * max_miou_drop:.2f} are allowed, with "
+            f"{len(result.float_layers)} of {len(quantizer.layers)} layers left in float. It was not kept. Raise "
+            "--max-miou-drop if you can afford it, or give more --frames."
+        )
+    return result
+
+
+def _scores(backend: Backend, dataset: SegmentationDataset, title: str) -> Scores:
+    return evaluate(backend, dataset, title=title).scores(backend.metadata.class_names)
+
+
+def _layer_costs(quantizer: Quantizer, dataset: SegmentationDataset, method: str) -> dict[str, float]:
+    """Return, for each layer, the share of pixels whose label changes when it is the only convolution that is quantised."""
+    frames = frames_for_comparison(dataset, count=COMPARED_FRAMES)
+    costs = {}
+    with tempfile.TemporaryDirectory(prefix="aicsd.int8.") as folder:
+        none, one = Path(folder) / "none.onnx", Path(folder) / "one.onnx"
+        quantizer.write(none, method=method, float_layers=quantizer.layers, notes={})
+        with open_backend(none, device="cpu") as reference, progress("layers", len(quantizer.layers)) as advance:
+            for layer in quantizer.layers:
+                others = [name for name in quantizer.layers if name != layer]
+                quantizer.write(one, method=method, float_layers=others, notes={})
+                with open_backend(one, device="cpu") as candidate:
+                    costs[layer] = 1 - compare(reference, candidate, frames).share
+                advance(layer)
+    return costs

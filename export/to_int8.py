@@ -1,0 +1,110 @@
+"""Turn an exported ONNX file into INT8 (explicit Q/DQ), calibrated on training images and proved on validation images.
+
+    python export/to_int8.py student.onnx -o student.int8.onnx
+    python export/to_int8.py student.onnx --target tensorrt -o student.trt.int8.onnx
+
+A CPU and TensorRT want different files: cpu is quick in ONNX Runtime, tensorrt is what its parser takes; both runs in
+either, but on a CPU slower than float32. A file that loses more mIoU than allowed is not written (exit code 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from aicsd_deploy.bench.latency import measure_latency
+from aicsd_deploy.cli import Parser, add_json_flag, fraction_of_100, positive_int, run, write_result
+from aicsd_deploy.console import percent, say, table
+from aicsd_deploy.data.spec import SPEC_HELP, open_dataset
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.export.int8_search import quantize_within
+from aicsd_deploy.export.quantize import METHODS, TARGETS
+from aicsd_deploy.export.verify import frames_for_comparison
+from aicsd_deploy.files import atomic_path
+from aicsd_deploy.runs import newest_artifact
+from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.runtime.ort_backend import DISABLED_OPTIMIZERS
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "onnx", type=Path, nargs="?", help="float32 file of export/to_onnx.py (default: the newest under runs/)"
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="file to write (default: student.int8.onnx beside it)"
+    )
+    parser.add_argument("--target", choices=TARGETS, default="cpu", help="what will run it")
+    parser.add_argument(
+        "--data", metavar="SPEC", help=f"images with labels: {SPEC_HELP} (default: what it was trained on)"
+    )
+    parser.add_argument("--frames", type=positive_int, metavar="N", default=32, help="training images to calibrate on")
+    parser.add_argument(
+        "--method",
+        choices=["best", *METHODS],
+        default="best",
+        help="how ranges are chosen; best tries all and keeps what scores best",
+    )
+    parser.add_argument(
+        "--max-miou-drop",
+        type=fraction_of_100,
+        metavar="POINTS",
+        default="1",
+        help="points of mIoU that may be lost; layers are left in float until it holds",
+    )
+    parser.add_argument(
+        "--keep-float", choices=["first", "last"], nargs="+", default=[], help="layers left in float anyway"
+    )
+    add_json_flag(parser)
+    args = parser.parse_args(argv)
+    source = args.onnx or newest_artifact()
+    out = args.out or source.with_suffix(".int8.onnx")
+    if source.suffix != ".onnx":
+        raise InputError(
+            f"{source} is not an ONNX file. Export the checkpoint first: python export/to_onnx.py {source}"
+        )
+    if out.suffix != ".onnx":
+        raise InputError(f"{out} must end in .onnx.")
+    with open_backend(source, device="cpu") as backend:
+        spec = args.data or backend.metadata.data
+    val = open_dataset(spec, "val")
+    with atomic_path(out) as temporary:
+        result = quantize_within(
+            source,
+            temporary,
+            target=args.target,
+            train=open_dataset(spec, "train"),
+            val=val,
+            frames=args.frames,
+            methods=list(METHODS) if args.method == "best" else [args.method],
+            keep_float=args.keep_float,
+            max_miou_drop=args.max_miou_drop,
+        )
+        with open_backend(source, device="cpu") as before, open_backend(temporary, device="cpu") as after:
+            times = measure_latency([before, after], frames_for_comparison(val, count=8), rounds=10)
+    if result.layer_costs:
+        ranked = sorted(result.layer_costs.items(), key=lambda item: -item[1])
+        rows = [[n, f"{100 * c:.3f}", "float" if n in result.float_layers else "int8"] for n, c in ranked]
+        say(table(["layer", "labels changed by it alone, %", "now"], rows))
+    rows = [
+        [name, percent(scores.miou), f"{latency.p50_ms:.2f}", f"{path.stat().st_size / 1e6:.1f}"]
+        for name, scores, latency, path in (
+            ("float32", result.float_scores, times[0], source),
+            (f"int8, {args.target}, {result.method}", result.int8_scores, times[1], out),
+        )
+    ]
+    say(table(["", f"mIoU on {spec} (val), %", "p50 here, ms", "file, MB"], rows))
+    if result.float_layers:
+        say(
+            f"Open this file with disabled_optimizers={DISABLED_OPTIMIZERS} in programs of your own: it has float layers."
+        )
+    if args.target == "cpu" and times[1].p50_ms >= times[0].p50_ms:
+        say("INT8 is not faster than float32 on this CPU; use it only for its size.")
+    say(f"{out}\nnext: python demo/benchmark.py {source} {out}")
+    latency_ms = {"float32": times[0].p50_ms, "int8": times[1].p50_ms}
+    write_result({"path": str(out), "p50_ms": latency_ms, "miou_drop": result.drop, **asdict(result)}, args.json)
+
+
+if __name__ == "__main__":
+    run(main)

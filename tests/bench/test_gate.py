@@ -1,0 +1,60 @@
+"""--baseline and --fail-if: what passes, what fails, and what cannot be compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aicsd_deploy.bench.gate import Rule, require_no_worse
+from aicsd_deploy.errors import InputError, VerificationError
+
+
+def report(**numbers: float) -> dict[str, Any]:
+    return {"data": "d", "split": "val", "artifacts": [{"path": "x/s.onnx", "p50_ms": 10.0, "miou": 0.5} | numbers]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "numbers", "fails"),
+    [
+        ("p50_ms>1.1x", {"p50_ms": 10.9}, False),
+        ("p50_ms>1.1x", {"p50_ms": 11.1}, True),
+        ("miou<-0.005", {"miou": 0.496}, False),
+        ("miou<-0.005", {"miou": 0.494}, True),
+        ("miou < 0.4", {"miou": 0.41}, False),
+        ("miou < 0.4", {"miou": 0.39}, True),
+        ("p50_ms>+2", {"p50_ms": 11.9}, False),
+        ("p50_ms>+2", {"p50_ms": 12.1}, True),
+    ],
+)
+def test_rules(rule: str, numbers: dict[str, float], fails: bool) -> None:
+    if fails:
+        with pytest.raises(VerificationError, match=r"s\.onnx"):
+            require_no_worse(report(**numbers), report(), [Rule.parse(rule)])
+    else:
+        assert len(require_no_worse(report(**numbers), report(), [Rule.parse(rule)])) == 1
+
+
+def test_all_that_fails_is_listed() -> None:
+    rules = [Rule.parse("p50_ms>1.1x"), Rule.parse("miou<-0.01")]
+    with pytest.raises(VerificationError) as error:
+        require_no_worse(report(p50_ms=20, miou=0.4), report(), rules)
+    assert "(2.000x; fails if p50_ms>1.1x)" in str(error.value)
+    assert "(-0.1; fails if miou<-0.01)" in str(error.value)
+    assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("text", ["p50_ms", "p50_ms>", "p50_ms=3", "p50_ms>1.1y", "", ">3"])
+def test_what_is_no_rule_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="is no rule"):
+        Rule.parse(text)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    rule = [Rule.parse("p50_ms>1.1x")]
+    with pytest.raises(InputError, match="say nothing about each other"):
+        require_no_worse(report() | {"data": "other"}, report(), rule)
+    with pytest.raises(InputError, match=r"t\.onnx"):
+        require_no_worse({**report(), "artifacts": [{"path": "t.onnx"}]}, report(), rule)
+    with pytest.raises(InputError, match="no number 'speed'"):
+        require_no_worse(report(), report(), [Rule.parse("speed>1")])

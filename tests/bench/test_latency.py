@@ -1,0 +1,98 @@
+"""The way latency is measured: turns, warm-up, intervals, and words for noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aicsd_deploy.bench import latency as module
+from aicsd_deploy.bench.latency import Latency, measure_latency, median_interval
+from aicsd_deploy.bench.machine_load import MachineLoad, watch_machine
+from aicsd_deploy.metadata import Metadata, SegClass
+from aicsd_deploy.runtime.base import Backend
+
+FRAMES = [np.full((8, 8, 3), i, np.uint8) for i in range(3)]
+
+
+class Clock:
+    """Stands in for `time.perf_counter`: it goes on only when a backend works."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Fake(Backend):
+    """Takes a frame's time on the fake clock, and notes who was called."""
+
+    def __init__(self, name: str, clock: Clock, milliseconds: list[float], calls: list[str]) -> None:
+        self.metadata = Metadata("m", (SegClass("a", (0, 0, 0)),), (8, 8))
+        self.name, self.device = name, "cpu"
+        self._clock, self._times, self._calls = clock, milliseconds, calls
+
+    def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+        self._clock.now += self._times[min(self._calls.count(self.name), len(self._times) - 1)] / 1000
+        self._calls.append(self.name)
+        return frames_NHWC[..., 0]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module.time, "perf_counter", clock)
+    return clock
+
+
+def test_artefacts_take_turns_and_every_one_is_timed(clock: Clock) -> None:
+    calls: list[str] = []
+    backends = [Fake("a", clock, [2.0], calls), Fake("b", clock, [4.0], calls)]
+    found = measure_latency(backends, FRAMES, rounds=4, per_round=3)
+    assert [latency.p50_ms for latency in found] == pytest.approx([2, 4])
+    assert [latency.frames for latency in found] == [12, 12]
+    assert found[0].fps == pytest.approx(500)
+    turns = "".join(calls[found[0].warmup_frames + found[1].warmup_frames :])
+    assert turns == "aaaabbbb" + "bbbbaaaa" + "aaaabbbb" + "bbbbaaaa", (
+        "one more before each turn, and another one starts"
+    )
+
+
+def test_warm_up_lasts_until_times_are_stable_and_says_so_if_they_never_are(clock: Clock) -> None:
+    settling = Fake("a", clock, [100.0] * 5 + [50.0] * 5 + [10.0], [])
+    found = measure_latency([settling], FRAMES, rounds=2)[0]
+    assert found.warmup_frames == 20
+    assert found.p99_ms == pytest.approx(10)
+    growing = Fake("b", clock, [1.1**i for i in range(200)], [])
+    found = measure_latency([growing], FRAMES, rounds=2)[0]
+    assert found.warmup_frames == module.WARMUP_MAX
+    assert "still changing" in found.noise[0]
+
+
+def test_no_outlier_is_dropped() -> None:
+    latency = Latency.of([[1.0] * 49, [1.0] * 49, [1.0, 900.0] + [1.0] * 47])
+    assert max(latency.times_ms) == 900
+    assert latency.mean_ms > 6
+    assert any("scatter" in text for text in latency.noise)
+
+
+def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        drift = rng.normal(0, 0.3, (20, 1))  # rounds differ, frames of one round are alike
+        low, high = median_interval(10 + drift + rng.normal(0, 0.1, (20, 5)), resamples=300)
+        hits += low <= 10 <= high
+    assert hits >= 165, hits  # 95 % is promised; blocks of so few rounds give somewhat less
+
+
+def test_a_machine_at_work_is_noticed() -> None:
+    with watch_machine() as load:
+        total = 0
+        for i in range(3_000_000):
+            total += i
+    assert load.others_cores is None or load.others_cores >= 0
+    assert MachineLoad(others_cores=1.5, stolen_share=0.2).noise() == [
+        "other processes kept 1.5 cores busy",
+        "the hypervisor took 20 % of the time",
+    ]
+    assert MachineLoad(others_cores=0.01, stolen_share=0.0).noise() == []

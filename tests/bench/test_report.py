@@ -1,0 +1,242 @@
+"""report.json, report.md, report.html and MODEL_CARD.md say the same, and hold what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import REPO, call_script
+
+from aicsd_deploy.bench import charts, tables
+from aicsd_deploy.bench.footprint import count_work
+from aicsd_deploy.bench.gpu_meter import GpuMeter
+from aicsd_deploy.bench.pictures import LOST_BGR, OTHER_BGR, WON_BGR, draw_difference
+from aicsd_deploy.bench.report_files import to_markdown, write_report
+from aicsd_deploy.runtime.base import open_backend
+
+TEACHER, CHECKPOINT, ONNX = "runs/teacher/best.pt", "runs/student/best.pt", "runs/student/student.onnx"
+
+
+@pytest.fixture(scope="module")
+def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    arguments = [TEACHER, ONNX, "--rounds", 3, "--out", folder, "--reference", ONNX]
+    result = call_script("demo/benchmark.py", *arguments, cwd=trained)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(made: Path) -> dict[str, Any]:
+    return json.loads((made / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+class Page(HTMLParser):
+    """Collects the tables, the addresses and the pictures of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.addresses: list[str] = []
+        self._cell: list[str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self.tables[-1][-1].append("".join(self._cell))
+            self._cell = None
+
+
+def assert_same_numbers(folder: Path) -> None:
+    """The tables in report.html and report.md are those of report.json, cell by cell."""
+    report = json.loads((folder / "report.json").read_text())
+    page, markdown = Page((folder / "report.html").read_text()), (folder / "report.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    for table in (tables.summary, tables.latency, tables.stages, tables.costs, tables.classes):
+        headers, rows = table(report)
+        assert [headers, *rows] in page.tables, table.__name__
+        assert all(row in lines for row in [headers, *rows]), table.__name__
+
+
+PUBLISHED = sorted(path.parent for path in (REPO / "docs/results").glob("*/report.json"))
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_published_reports_agree_with_their_json(folder: Path) -> None:
+    assert_same_numbers(folder)
+    assert (folder / "report.html").stat().st_size < 1_000_000
+
+
+def test_all_files_show_the_numbers_of_the_json(made: Path, report: dict[str, Any]) -> None:
+    assert_same_numbers(made)
+    markdown, card = (made / "report.md").read_text(), (made / "MODEL_CARD.md").read_text()
+    for row in report["artifacts"]:  # the tables themselves, held against the JSON
+        assert f"{100 * row['miou']:.2f}" in markdown
+        for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "mean_ms"):
+            assert f"{row[key]:.2f}" in markdown
+        for iou in row["per_class_iou"].values():
+            assert f"{100 * iou:.2f}" in markdown
+    last = report["artifacts"][-1]
+    assert f"{last['p50_ms']:.2f}" in card
+    assert f"{100 * last['miou']:.2f}" in card
+
+
+def test_the_page_needs_no_network_and_holds_every_part(made: Path, report: dict[str, Any]) -> None:
+    text = (made / "report.html").read_text()
+    page = Page(text)
+    assert not [a for a in page.addresses if not a.startswith("data:image/jpeg;base64,")]
+    assert not re.search(r"https?://|@import|<script", text)
+    assert len(page.addresses) == 2 * 4, "two frames of one artefact, in four panels each"
+    assert text.count("<svg viewBox") >= 3 + 1
+    assert report["provenance"]["command"] in text.replace("&gt;", ">")
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_json_is_complete(report: dict[str, Any]) -> None:
+    assert report["schema_version"] == 2
+    assert report["reference"] == 1
+    for row in report["artifacts"]:
+        low, high = row["p50_interval_ms"]
+        assert low <= row["p50_ms"] <= high
+        assert row["p50_ms"] <= row["p90_ms"] <= row["p95_ms"] <= row["p99_ms"]
+        assert len(row["times_ms"]) == row["frames"] == 15
+        assert np.median(row["times_ms"]) == pytest.approx(row["p50_ms"], abs=1e-3)
+        assert set(row["stages_ms"]) == {"preprocessing", "network", "postprocessing"}
+        assert row["throughput"]["best_fps"] == max(row["throughput"]["fps_by_batch"].values())
+        assert row["memory_mb"] > 20
+        assert row["start_s"] > 0
+        assert row["gflops"] > 0
+        assert row["compute_share"] > 0
+    agreements = [row["agreement"] for row in report["artifacts"]]
+    assert agreements[1] == 1.0, "with itself"
+    assert 0.5 < agreements[0] < 1.0
+
+
+def test_work_is_counted_alike_in_both_kinds_of_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AICSD_TRUST", "tiny_network:tiny")
+    monkeypatch.chdir(trained)
+    torch, onnx = (count_work(trained / path) for path in (CHECKPOINT, ONNX))
+    # tiny_network at 48x64: 16 filters of 5x5x3 at 12x16, 3 filters of 1x1x16
+    expected = 2 * 12 * 16 * (16 * 75 + 3 * 16)
+    assert torch.gflops == onnx.gflops == pytest.approx(expected / 1e9)
+    assert onnx.parameters == 16 * 75 + 16 + 3 * 16 + 3
+    assert torch.parameters == onnx.parameters + 2 * 16, "batch normalisation is folded into the exported file"
+
+
+def test_a_worse_artefact_fails_the_gate_and_the_report_is_written(made: Path, trained: Path, tmp_path: Path) -> None:
+    baseline = json.loads((made / "report.json").read_text())
+    command = ["demo/benchmark.py", ONNX, "--rounds", 1, "--no-pictures", "--out", tmp_path / "new"]
+    fine = ["--fail-if", "miou<-0.005"]
+    result = call_script(*command, "--baseline", made / "report.json", *fine, cwd=trained)
+    assert result.returncode == 0, result.stderr
+    for row in baseline["artifacts"]:
+        row["miou"] += 0.02
+    (tmp_path / "better.json").write_text(json.dumps(baseline))
+    result = call_script(*command, "--baseline", tmp_path / "better.json", *fine, cwd=trained)
+    assert result.returncode == 3
+    assert "Worse than the baseline" in result.stderr
+    assert (tmp_path / "new/report.html").is_file()
+
+
+def test_losers_come_first() -> None:
+    before = {"per_class_iou": {"a": 0.5, "b": 0.9, "c": None, "d": 0.2}}
+    now = {"per_class_iou": {"a": 0.6, "b": 0.7, "c": 0.1, "d": 0.19}}
+    assert tables.losers_first(now, before) == ["b", "d", "a", "c"]
+
+
+def test_the_difference_shows_who_is_right() -> None:
+    frame = np.full((1, 4, 3), 90, np.uint8)
+    labels, before, now = (np.array([row], np.uint8) for row in ([0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 2]))
+    drawn = draw_difference(frame, labels, before, now)
+    assert drawn[0].tolist() == [[158] * 3, list(LOST_BGR), list(WON_BGR), list(OTHER_BGR)]
+
+
+def test_the_pareto_front_leaves_out_what_is_beaten_in_both() -> None:
+    drawing = charts.pareto(["slow", "fast", "bad"], [40, 10, 20], [(39, 41), (9, 11), (19, 21)], [0.7, 0.6, 0.5])
+    (points,) = re.findall(r'<polyline points="([^"]*)"', drawing)
+    assert len(points.split()) == 2
+
+
+def test_names_from_outside_do_not_become_markup(report: dict[str, Any], tmp_path: Path) -> None:
+    odd = json.loads(json.dumps(report))
+    odd["artifacts"][0]["path"] = "<script>x"
+    odd["data"] = "<b>data"
+    write_report(odd, [], tmp_path)
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+    assert "<b>data" not in (tmp_path / "report.html").read_text()
+
+
+def test_noise_is_said(report: dict[str, Any]) -> None:
+    noisy = json.loads(json.dumps(report))
+    noisy["noise"] = ["other processes kept 1.0 cores busy"]
+    assert "Noisy run" in to_markdown(noisy)
+    quiet = noisy | {"noise": [], "artifacts": [row | {"noise": []} for row in noisy["artifacts"]]}
+    assert "Noisy run" not in to_markdown(quiet)
+
+
+def test_mlperf_scenarios(trained: Path) -> None:
+    pytest.importorskip("mlperf_loadgen")
+    from aicsd_deploy.bench.loadgen import run_loadgen
+
+    frames = [np.full((1, 48, 64, 3), i, np.uint8) for i in range(4)]
+    with open_backend(trained / ONNX, device="cpu", threads=1) as backend:
+        found = run_loadgen(backend, frames, seconds=0.3, batch=1)
+    # Valid or not is a matter of time on a busy machine; that loadgen said so is not.
+    assert {type(found["single_stream_valid"]), type(found["offline_valid"])} == {bool}
+    assert 0 < found["single_stream_p90_ms"] < 1000
+    assert found["offline_fps"] > 1
+
+
+class FakeNvml:
+    """NVML as nvidia-ml-py offers it, for a GPU that spends 5 J between two readings."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+    nvmlClocksEventReasonSwPowerCap = 4
+    nvmlClocksEventReasonSwThermalSlowdown = 32
+    nvmlClocksThrottleReasonHwSlowdown = 8
+    nvmlClocksThrottleReasonHwThermalSlowdown = 64
+    nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 128
+
+    def __init__(self, reasons: int) -> None:
+        self.energy, self.reasons = 1000, reasons
+
+    def __getattr__(self, name: str) -> Any:
+        return {
+            "nvmlInit": lambda: None,
+            "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: self.reasons,
+            "nvmlDeviceGetTotalEnergyConsumption": lambda gpu: self.energy,
+            "nvmlDeviceGetClockInfo": lambda gpu, which: {1: 1980, 2: 3201}[which],
+            "nvmlDeviceGetTemperature": lambda gpu, which: 41,
+            "nvmlDeviceGetMemoryInfo": lambda gpu: type("Memory", (), {"used": 2_000_000_000}),
+        }[name]
+
+
+@pytest.mark.parametrize(("reasons", "throttled"), [(1, False), (4, True), (64, True)])
+def test_power_and_energy_are_worked_out_of_the_counters(reasons: int, throttled: bool) -> None:
+    nvml = FakeNvml(reasons)
+    meter = GpuMeter(nvml, 0)
+    before = meter.read()
+    nvml.energy += 5000
+    use = meter.use_since(before, frames=50, seconds=0.25)
+    assert (use.power_w, use.energy_mj_per_frame) == (20.0, 100.0)
+    assert (use.sm_mhz, use.memory_used_mb, use.throttled) == (1980, 2000.0, throttled)
+    assert GpuMeter.of("cpu") is None

@@ -1,0 +1,169 @@
+"""INT8 files: what they are made of, that they label as the float file, and that a loss beyond the limit is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import call_script
+from onnx import numpy_helper
+from test_onnx import frames, random_checkpoint
+
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.export.cpu_graph import end_channels_last, fold_preprocessing
+from aicsd_deploy.export.onnx_export import export_onnx
+from aicsd_deploy.export.quantize import Quantizer
+from aicsd_deploy.export.verify import compare
+from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.runtime.ort_backend import OrtBackend
+
+ONNX = "runs/student/student.onnx"
+MOSTLY = 0.55
+"""An untrained network's pixels are close calls, so that eight bits change many; a wrong graph leaves less than a third."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8")
+    checkpoint = random_checkpoint(folder / "c.pt", "lraspp_mobilenetv2")
+    export_onnx(checkpoint, checkpoint.metadata, folder / "c.onnx")
+    return folder / "c.onnx"
+
+
+def quantized(source: Path, out: Path, target: str, **kwargs: object) -> onnx.ModelProto:
+    quantizer = Quantizer(source, frames(4), target=target)
+    quantizer.write(out, **({"method": "minmax", "notes": {}} | kwargs))
+    quantizer.close()
+    return onnx.load(out)
+
+
+def test_the_rewritten_float_graph_labels_as_before(exported: Path, tmp_path: Path) -> None:
+    with open_backend(exported) as before:
+        model = onnx.load(exported)
+        fold_preprocessing(model, before.metadata)
+        end_channels_last(model)
+        onnx.checker.check_model(model)
+        onnx.save(model, tmp_path / "r.onnx")
+        with open_backend(tmp_path / "r.onnx") as after:
+            # What differs is the padding of the first layer.
+            assert compare(before, after, frames()).share > 0.95
+    assert not {"Slice", "Mul"} & {node.op_type for node in list(model.graph.node)[:6]}
+
+
+def test_a_cpu_file_reads_pixels_and_keeps_chains_in_eight_bits(exported: Path, tmp_path: Path) -> None:
+    model = quantized(exported, tmp_path / "cpu.onnx", "cpu")
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    dequantize = next(node for node in model.graph.node if node.output[0] == first.input[0])
+    assert float(constants[dequantize.input[1]]) == 1.0, "one step of the first activation is one step of a pixel"
+    assert not [n for n in model.graph.node if n.op_type in ("Clip", "Relu")], "activations lie in the ranges"
+    assert len([v for v in constants.values() if v.dtype == np.int8 and v.ndim == 4]) == 55, "weights of all layers"
+    with open_backend(exported) as before, OrtBackend(tmp_path / "cpu.onnx") as after:
+        assert after.metadata.precision == "int8"
+        assert after.metadata.provenance["int8_target"] == "cpu"
+        assert (
+            compare(before, after, frames()).share
+            > 0.55  # untrained: many close calls; a wrong graph gives less than half
+        )  # untrained: many pixels are close calls; a wrong graph gives less than half
+
+
+def test_a_tensorrt_file_has_what_its_parser_takes(exported: Path, tmp_path: Path) -> None:
+    model = quantized(exported, tmp_path / "trt.onnx", "tensorrt")
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    pairs = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert {constants[n.input[2]].dtype for n in pairs} == {np.dtype(np.int8)}, "no bias in int32, no uint8"
+    assert all((constants[n.input[2]] == 0).all() for n in pairs), "symmetric"
+    with open_backend(exported) as before, open_backend(tmp_path / "trt.onnx") as after:
+        assert (
+            compare(before, after, frames()).share
+            > 0.55  # untrained: many close calls; a wrong graph gives less than half
+        )  # untrained: many pixels are close calls; a wrong graph gives less than half
+        assert after.metadata.provenance["int8_target"] == "tensorrt"
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize("target", ["tensorrt", "both"])
+def test_tensorrt_rtx_builds_an_engine_from_it(exported: Path, tmp_path: Path, target: str) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    quantized(exported, tmp_path / "trt.onnx", target)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(tmp_path / "trt.onnx"))
+    assert parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    assert builder.build_serialized_network(network, config) is not None
+
+
+@pytest.mark.parametrize(
+    "places", [(0, -1), (1, 3)]
+)  # 1 and 3 stand between quantised tensors, where ONNX Runtime meddles
+def test_layers_can_be_left_in_float(exported: Path, tmp_path: Path, places: tuple[int, int]) -> None:
+    quantizer = Quantizer(exported, frames(2), target="cpu")
+    layers = [quantizer.layers[place] for place in places]
+    quantizer.write(tmp_path / "x.onnx", method="minmax", float_layers=layers, notes={})
+    quantizer.close()
+    model = onnx.load(tmp_path / "x.onnx")
+    quantised = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            assert (node.input[1] in quantised) == (node.name not in layers), node.name
+    with open_backend(exported) as before, open_backend(tmp_path / "x.onnx") as after:
+        assert (
+            compare(before, after, frames()).share
+            > 0.55  # untrained: many close calls; a wrong graph gives less than half
+        )  # untrained: many pixels are close calls; a wrong graph gives less than half
+
+
+def test_a_quantised_file_is_not_quantised_again(exported: Path, tmp_path: Path) -> None:
+    quantized(exported, tmp_path / "cpu.onnx", "cpu")
+    with pytest.raises(InputError, match="quantised already"):
+        Quantizer(tmp_path / "cpu.onnx", frames(1), target="cpu")
+
+
+def test_the_command_proves_what_it_writes(trained: Path, tmp_path: Path) -> None:
+    out, result_file = tmp_path / "s.int8.onnx", tmp_path / "r.json"
+    result = call_script("export/to_int8.py", ONNX, "-o", out, "--frames", 4, "--json", result_file, cwd=trained)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result_file.read_text())
+    assert set(found["methods"]) == {"minmax", "entropy", "percentile"}
+    assert found["miou_drop"] <= 0.01
+    assert found["miou_drop"] == found["float_scores"]["miou"] - found["int8_scores"]["miou"]
+    assert found["methods"][found["method"]] == max(found["methods"].values())
+    scored = call_script("train/evaluate.py", out, "--json", "-", cwd=trained)
+    assert json.loads(scored.stdout) == found["int8_scores"]
+
+
+def test_costly_layers_are_left_in_float_until_the_limit_holds(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiling(self: Quantizer, path: Path, *, float_layers: list[str] = (), **kwargs: object) -> None:  # type: ignore[assignment]
+        write(self, path, float_layers=float_layers, **kwargs)
+        if self.layers[1] not in float_layers:  # as if eight bits ruined this layer
+            model = onnx.load(path)
+            int8 = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
+            weight = next(tensor for tensor in int8 if tensor.dims[0] == 3)
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+            onnx.save(model, path)
+
+    write = Quantizer.write
+    monkeypatch.setattr(Quantizer, "write", spoiling)
+    command = ["export/to_int8.py", ONNX, "--frames", 4, "--method", "minmax", "-o", tmp_path / "s.onnx"]
+    result = call_script(*command, "--json", tmp_path / "r.json", cwd=trained)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    worst = max(found["layer_costs"], key=found["layer_costs"].get)
+    assert found["float_layers"] == [worst]
+    assert worst in result.stderr
+    (tmp_path / "s.onnx").unlink()
+    monkeypatch.setattr(Quantizer, "write", lambda self, path, **k: spoiling(self, path, **k | {"float_layers": ()}))
+    result = call_script(*command, cwd=trained)
+    assert result.returncode == 3, result.stderr
+    assert "points of mIoU" in result.stderr
+    assert not (tmp_path / "s.onnx").exists()
