@@ -31,7 +31,7 @@ def strike(work: Path, cases: list[dict[str, Any]]) -> list[int]:
         [sys.executable, str(REPO / "tools/striker.py"), json.dumps(cases)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # machines that tests share can be slow
         env={**os.environ, "OMP_NUM_THREADS": "1", "AICSD_TRUST": "tiny_network:tiny"},
         check=False,
     )
