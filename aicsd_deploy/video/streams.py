@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shlex
 import shutil
@@ -60,7 +61,8 @@ class StreamConnection(Connection):
 
     def close(self) -> None:
         self._container.close()
-        self._decoded = iter(())  # it refers back to this object, and would keep the decoder's memory for a while
+        self._decoded = iter(())  # it refers back to this object
+        gc.collect()  # PyAV's containers and streams refer to each other; a lost connection's decoder is large
 
     def _decode(self) -> Iterator[UInt8Array]:
         last_s = 0.0

@@ -13,5 +13,7 @@ def no_threads_left() -> Iterator[None]:
     """Fail a test that leaves a thread of the pipeline behind."""
     before = set(threading.enumerate())
     yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)  # one that answers a browser ends by itself once the browser has gone
     left = [thread.name for thread in set(threading.enumerate()) - before]
     assert not left, f"threads left running: {left}"
