@@ -79,10 +79,9 @@ def test_every_term_its_gradient_and_alpha_are_logged(trained: Path) -> None:
     assert last["gradient_norm"]["kd"] == 0  # type: ignore[index]
 
 
-def test_the_teacher_is_scored_before_distillation_starts(trained: Path) -> None:
-    result = call_script(
-        "train/distill.py", *TINY, "--student", "tiny_network:tiny", "--epochs", 1, "--out", "runs/again", cwd=trained
-    )
+def test_the_teacher_is_scored_before_distillation_starts(trained: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, "--student", "tiny_network:tiny", "--epochs", 1, "--out", tmp_path / "run"]
+    result = call_script("train/distill.py", *arguments, cwd=trained)
     assert result.returncode == 0, result.stderr
     assert result.stderr.index("teacher's val mIoU") < result.stderr.index("training tiny_network:tiny")
 

@@ -13,11 +13,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from aicsd_deploy.bench.environment import environment
@@ -27,13 +30,19 @@ from aicsd_deploy.cli import Parser, run, size_hw
 from aicsd_deploy.config import DistillConfig, TrainConfig
 from aicsd_deploy.console import say
 from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.export.engine import Request, make_engine
+from aicsd_deploy.export.gate import Limits
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.verify import compare, frames_for_comparison
 from aicsd_deploy.files import write_json
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
 from aicsd_deploy.recipes import distill, train_teacher
-from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.runtime.base import UInt8Array, open_backend
+from aicsd_deploy.runtime.device_memory import OWNERS
+from aicsd_deploy.runtime.engine_card import read_card
+from aicsd_deploy.runtime.tensorrt_module import Flavor, load_tensorrt, logger, require_tensorrt_gpu
+from aicsd_deploy.runtime.trt_backend import TensorRTBackend
 from aicsd_deploy.tracking import METRICS
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
@@ -77,6 +86,77 @@ def latencies(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def engines(folder: Path, onnx: Path, flavor: Flavor) -> dict[str, Any]:
+    """Build an engine in each precision on this GPU, compare it with the checkpoint, and time it with every owner of memory."""
+    require_tensorrt_gpu(flavor, why="")
+    found: dict[str, Any] = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        plan = folder / f"{flavor}_{precision}.plan"
+        try:
+            # Random weights have no margin between the classes, so the limits are wide and the figures are what counts.
+            request = Request(precision, flavor, reference=folder / "check.pt", limits=Limits(0.5, 100))
+            found[precision] = make_engine(onnx, plan, request).gate
+        except Exception:
+            found[precision] = {"error": traceback.format_exc()}
+            continue
+        found[precision]["latency"] = {owner: _or_error(partial(engine_times, plan, owner)) for owner in OWNERS}
+    return found
+
+
+def engine_times(plan: Path, owner: str) -> dict[str, Any]:
+    """Return milliseconds per frame of the backend and of a bare loop on the same engine, in turns, and whether graphs differ."""
+    with TensorRTBackend(plan, memory=owner) as ours, TensorRTBackend(plan, memory=owner, graph=False) as calls:
+        frame = np.random.default_rng(0).integers(0, 256, (1, *ours.metadata.image_size_hw, 3), dtype=np.uint8)
+        bare = bare_loop(plan, frame)
+        times: dict[str, list[float]] = {"backend": [], "backend without graph": [], "bare loop": []}
+        same = bool((ours.infer(frame) == calls.infer(frame)).all())
+        for _ in range(200):
+            for name, work in (("backend", ours.infer), ("backend without graph", calls.infer), ("bare loop", bare)):
+                start = time.perf_counter()
+                work(frame)
+                times[name].append(1000 * (time.perf_counter() - start))
+    medians = {name: float(np.median(values[20:])) for name, values in times.items()}
+    return {
+        "p50_ms": medians,
+        "over the bare loop": medians["backend"] / medians["bare loop"],
+        "graph changes nothing": same,
+    }
+
+
+def bare_loop(plan: Path, frame: UInt8Array) -> Callable[[UInt8Array], object]:
+    """Return the shortest loop somebody would write: pinned copies with PyTorch, one context, one stream, no graph."""
+    card = read_card(plan)
+    trt = load_tensorrt(card.flavor)
+    engine = trt.Runtime(logger(card.flavor)).deserialize_cuda_engine(plan.read_bytes())
+    context, stream = engine.create_execution_context(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    host_in, host_out = (
+        torch.from_numpy(frame).pin_memory(),
+        torch.empty(frame.shape[:3], dtype=torch.uint8, pin_memory=True),
+    )
+    device_in, device_out = host_in.cuda(), host_out.cuda()
+    context.set_input_shape("frames", tuple(frame.shape))
+    context.set_tensor_address("frames", device_in.data_ptr())
+    context.set_tensor_address("labels", device_out.data_ptr())
+
+    def work(frame_NHWC: UInt8Array) -> object:
+        host_in.copy_(torch.from_numpy(frame_NHWC))
+        with torch.cuda.stream(stream):
+            device_in.copy_(host_in, non_blocking=True)
+            context.execute_async_v3(stream.cuda_stream)
+            host_out.copy_(device_out, non_blocking=True)
+        stream.synchronize()
+        return engine, host_out.numpy().copy()
+
+    return work
+
+
+def _or_error(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
 def video(path: Path) -> dict[str, Any]:
     """Return the speed of the video pipeline on 300 frames of the built-in scene, with one copy of the network and with two."""
     found = {}
@@ -116,7 +196,7 @@ def busy_share(folder: Path) -> dict[str, Any]:
     )
     train_teacher(teacher, folder / "busy-teacher")
     shared = teacher.model_dump() | {"model": "deeplabv3plus_resnet18", "epochs": 5, "val_every": 99}
-    config = DistillConfig(**shared, teacher=folder / "busy-teacher/best.pt")
+    config = DistillConfig(**shared, teacher=str(folder / "busy-teacher/best.pt"))
     log = folder / "busy" / METRICS
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
     seen: list[tuple[int, int]] = []  # lines in the log, percent
@@ -170,6 +250,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         part("onnxruntime cuda parity", lambda: parity(checkpoint, onnx, "cuda"))
         part("torch cuda latency", lambda: latencies([checkpoint]))
         part("side by side latency", lambda: latencies([checkpoint, onnx]))
+        part("TensorRT-RTX", lambda: engines(folder, onnx, "rtx"))
+        part("TensorRT", lambda: engines(folder, onnx, "tensorrt"))
+        plans = sorted(folder.glob("*.plan"))
+        part("everything side by side", lambda: latencies([checkpoint, onnx, *plans]))
         part("video", lambda: video(onnx))
         part("training", lambda: train_a_little(folder))
         part("step throughput", lambda: step_throughput(folder))

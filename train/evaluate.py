@@ -70,17 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with open_backend(args.artifact or newest_artifact(), device=args.device, threads=args.threads) as backend:
         dataset = open_dataset(args.data or backend.metadata.data, args.split)
         say(f"{backend.name} on {backend.device}, {dataset.spec} ({args.split}), {len(dataset)} images")
-        segmenter = None
+        segmenter, extra = None, {}
         if args.native or args.window or args.flip or args.scales != (1.0,):
             segmenter = by_protocol(args, backend)
+            used = {"native": args.native, "window_hw": args.window, "scales": args.scales, "flip": args.flip}
+            extra = {"protocol": used}
         scores = evaluate(backend, dataset, segmenter=segmenter).scores(backend.metadata.class_names)
     say(table(["class", "IoU, %"], [[name, percent(iou)] for name, iou in scores.per_class_iou.items()]))
     say(
         f"mIoU {percent(scores.miou)} %, pixel accuracy {percent(scores.pixel_accuracy)} %, "
         f"mean class accuracy {percent(scores.mean_class_accuracy)} % ({scores.images} images)"
     )
-    protocol_used = {"native": args.native, "window_hw": args.window, "scales": args.scales, "flip": args.flip}
-    write_result(scores.to_dict() | {"protocol": protocol_used}, args.json)
+    write_result(scores.to_dict() | extra, args.json)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 EXPLODED = 100.0
-"""A loss this many times its running mean has exploded."""
+"""Cross-entropy this many times its running mean has exploded; the weighted sum grows by itself where ALW shifts the weights."""
 MEMORY = 0.98
-"""Share of the old value in the running mean of the loss."""
+"""Share of the old value in the running mean of cross-entropy."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class StepGuard:
 
         Args:
             step: optimiser steps done before.
-            values: "loss" and "gradient", which decide, and the terms, which are only reported.
+            values: "loss", "gradient" and "ce", which decide, and the other terms, which are only reported.
             scaled: gradients were scaled for float16; one that overflows is the scaler's business, and nothing is broken.
         """
         names, row = list(values), torch.stack([value.detach().float() for value in values.values()])
-        loss, gradient = values["loss"].detach().float(), values["gradient"].detach()
-        broken = ~torch.isfinite(loss) | (loss > EXPLODED * self._mean)
+        loss, ce, gradient = (values[name].detach().float() for name in ("loss", "ce", "gradient"))
+        broken = ~torch.isfinite(loss) | (ce > EXPLODED * self._mean)
         overflown = ~torch.isfinite(gradient)
         if not scaled:
             broken = broken | overflown
-        running = torch.where(torch.isfinite(self._mean), MEMORY * self._mean + (1 - MEMORY) * loss, loss)
+        running = torch.where(torch.isfinite(self._mean), MEMORY * self._mean + (1 - MEMORY) * ce, ce)
         self._mean = torch.where(broken, self._mean, running)
         self._seen.append((step, names, torch.cat([broken.float().view(1), row])))
         skip = broken | overflown

@@ -84,7 +84,6 @@ def test_a_tensorrt_file_has_what_its_parser_takes(exported: Path, tmp_path: Pat
         assert after.metadata.provenance["int8_target"] == "tensorrt"
 
 
-@pytest.mark.trt
 @pytest.mark.parametrize("target", ["tensorrt", "both"])
 def test_tensorrt_rtx_builds_an_engine_from_it(exported: Path, tmp_path: Path, target: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ def test_the_network_goes_from_the_first_to_the_last_convolution() -> None:
 def test_the_stages_of_a_frame_are_told(name: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AICSD_TRUST", "tiny_network:tiny")
     monkeypatch.chdir(trained)
+    monkeypatch.syspath_prepend(trained)
+    monkeypatch.delitem(sys.modules, "tiny_network", raising=False)
     frames = [np.full((1, 48, 64, 3), i, np.uint8) for i in range(4)]
     with open_backend(f"runs/student/{name}", device="cpu", threads=1) as backend:
         found = backend.time_stages(frames)

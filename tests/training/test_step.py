@@ -104,7 +104,7 @@ class Breaking:
 
     def __init__(self, loss: Any, how: str, at: int) -> None:
         self.loss, self.how, self.at = loss, how, at
-        self.student, self.phase = loss.student, loss.phase
+        self.student, self.state, self.phase = loss.student, loss.state, loss.phase
 
     def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown:
         found = self.loss(batch, step=step, total_steps=total_steps)
@@ -114,7 +114,8 @@ class Breaking:
             found.total.register_hook(lambda gradient: gradient * float("nan"))
             return found
         factor = {"nan": float("nan"), "exploded": 1e6}[self.how]
-        terms = found.terms | {"icsd": found.terms["icsd"] * float("nan")} if self.how == "nan" else found.terms
+        spoilt = {"nan": "icsd", "exploded": "ce"}[self.how]
+        terms = found.terms | {spoilt: found.terms[spoilt] * factor}
         return LossBreakdown(found.total * factor, terms, found.weights, found.logits_BCHW, found.alpha)
 
 
