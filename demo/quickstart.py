@@ -21,7 +21,7 @@ from aicsd_deploy.recipes import distill, train_teacher
 from aicsd_deploy.runs import RUNS
 
 TEACHER = TrainConfig(epochs=4, val_every=4)
-STUDENT = DistillConfig(epochs=6, val_every=6, lr=2e-3)
+STUDENT = DistillConfig(epochs=5, val_every=5, lr=2e-3)
 VIDEO = ("--source", "synthetic", "--max-frames", "150")
 
 
