@@ -26,7 +26,7 @@ from aicsd_deploy.runtime.base import open_backend
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("artifacts", type=Path, nargs="*", help=".pt and .onnx files")
+    parser.add_argument("artifacts", type=Path, nargs="*", help=".pt, .onnx and .plan files")
     parser.add_argument("--data", metavar="SPEC", help=f"{SPEC_HELP} (default: what the first artefact was trained on)")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
     parser.add_argument(
