@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from video_helpers import CLASSES, Threshold, encode, grey_frames, within
 
-from aicsd_deploy.errors import InputError
+from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.video.live import Connection, ConnectionLostError, LiveSource, open_camera
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
@@ -290,6 +290,12 @@ def test_a_gstreamer_pipeline(sink: str) -> None:
 def test_a_gstreamer_pipeline_that_is_wrong_is_an_input_error() -> None:
     with pytest.raises(InputError, match="nosuchsrc"):
         open_source("nosuchsrc ! videoconvert")
+
+
+def test_a_gstreamer_pipeline_without_gstreamer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MissingDependencyError, match=r"gstreamer1\.0-tools"):
+        open_source("videotestsrc ! videoconvert")
 
 
 SERVER = [SYSTEM_PYTHON, str(Path(__file__).parents[2] / "tools" / "rtsp_server.py"), "--fps", "25", "--port"]

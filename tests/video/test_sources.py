@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -169,14 +168,13 @@ def header_only(path: Path) -> None:
     [
         ("missing.mp4", lambda path: None, "does not exist"),
         ("empty.mp4", lambda path: path.touch(), "empty"),
-        ("random.mp4", lambda path: path.write_bytes(os.urandom(20_000)), "not a video"),
+        ("random.mp4", lambda path: path.write_bytes(np.random.default_rng(0).bytes(20_000)), "not a video"),
         ("text.mp4", lambda path: path.write_text("hello\n" * 99), "not a video"),
         ("text.txt", lambda path: path.write_text("hello\n" * 99), "has no video"),
         ("sound.wav", audio_only, "has no video"),
         ("header.mov", header_only, "not one frame"),
         ("folder", lambda path: path.mkdir(), "no pictures"),
         ("rtsp://127.0.0.1:9/x", lambda path: None, "cannot be opened"),
-        ("nosuchsrc ! fakesink", lambda path: None, "GStreamer"),
         ("77", lambda path: None, "Camera 77"),
     ],
 )
