@@ -94,5 +94,8 @@ def existing_file(path: Path | str, what: str) -> Path:
 
 def sha256(path: Path | str) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

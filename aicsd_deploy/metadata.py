@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +131,7 @@ def _triple(values: Any, kind: type) -> Any:
 def provenance() -> dict[str, str]:
     """Return when, with what and by which command an artefact is being made."""
     found = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "aicsd_deploy": __version__,
         "python": platform.python_version(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

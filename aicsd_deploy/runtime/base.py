@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
 from aicsd_deploy.metadata import Metadata
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 UInt8Array = npt.NDArray[np.uint8]
 SUFFIXES = (".pt", ".onnx", ".plan")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def choose_device(name: str) -> torch.device:

@@ -115,7 +115,7 @@ class _Lane:
         np.copyto(self._ready.frames_NHWC, frames_NHWC)
         self._ready.replay()
         self._memory.wait(self._stream)
-        return self._ready.labels_NHW.copy()
+        return np.copy(self._ready.labels_NHW)
 
     def close(self) -> None:
         self._memory.wait(self._stream)

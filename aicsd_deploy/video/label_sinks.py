@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import cv2
 import numpy as np
@@ -16,6 +16,9 @@ from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PngSink(Sink):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import cv2
@@ -23,6 +23,9 @@ from aicsd_deploy.video.figures import Figures
 from aicsd_deploy.video.load import LoadMeter
 from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DEFAULT_ADDRESS = ("127.0.0.1", 8765)
 MAX_FPS = 20

@@ -8,13 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 import cv2
 
 from aicsd_deploy.errors import MissingDependencyError
 from aicsd_deploy.video.figures import Figures
 from aicsd_deploy.video.sources import Frame, Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 

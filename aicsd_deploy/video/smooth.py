@@ -46,7 +46,7 @@ class LabelSmoother:
         taken = _shown_nearby(labels, shown)
         taken |= np.where(self._stood >= self.frames, np.uint8(255), np.uint8(0))
         cv2.copyTo(labels, taken, shown)
-        return shown.copy()
+        return np.copy(shown)
 
 
 def _shown_nearby(labels: UInt8Array, shown: UInt8Array) -> UInt8Array:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -20,6 +20,9 @@ from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.runtime.frames import resize_image
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 CLOCK = Fraction(1, 90_000)

@@ -1,4 +1,4 @@
-"""Every TensorRT name that the code uses exists in the real bindings of 10.16 and 11.4, and of TensorRT-RTX.
+"""Every TensorRT name that the code uses exists in the real bindings of 10.3, 10.16 and 11.4, and of TensorRT-RTX.
 
 The bindings install without TensorRT's libraries, which need a driver; empty ones stand in, since nothing is called.
 """
@@ -99,14 +99,21 @@ def test_tensorrt_rtx_has_every_name() -> None:
     assert missing_in("tensorrt_rtx", Path(), used_names()) == []
 
 
-@pytest.mark.parametrize("version", ["10.16.1.11", "11.4.0.106"])
-def test_tensorrt_has_every_name(version: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [
+        ("tensorrt-cu12-bindings", "10.3.0"),
+        ("tensorrt-cu13-bindings", "10.16.1.11"),
+        ("tensorrt-cu13-bindings", "11.4.0.106"),
+    ],
+)
+def test_tensorrt_has_every_name(package: str, version: str, tmp_path: Path) -> None:
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc to make stand-ins for TensorRT's libraries")
     bindings, libraries = tmp_path / "bindings", tmp_path / "libraries"
     libraries.mkdir()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(bindings)]
-    done = subprocess.run([*command, f"tensorrt-cu13-bindings=={version}"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"the bindings of TensorRT {version} cannot be had here: {done.stderr[-200:]}")
     (tmp_path / "empty.c").write_text(STAND_IN)

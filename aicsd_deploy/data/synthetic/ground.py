@@ -92,7 +92,7 @@ def light_ground(p: Painter) -> None:
     texel = ((z + p.at_m) * 64).astype(np.int32) & 511, (x * 64).astype(np.int32) & 511
     sharp = (0.5 / (1 + z**2 / (focal * scene.camera_height) / 0.15) / 128).astype(np.float32)
     clear = np.exp(-z / scene.haze_m).astype(np.float32)
-    grain = (ground_tiles()[paved.view(np.uint8), *texel] * sharp + (1 - 128 * sharp)) * clear
+    grain = (ground_tiles()[paved.view(np.uint8), texel[0], texel[1]] * sharp + (1 - 128 * sharp)) * clear
     shadow, contact = (_blot(p, outlines)[top:] for outlines in (p.shadows, p.contacts))
     beam = np.zeros(1, np.float32)
     if scene.weather.night:
@@ -117,4 +117,5 @@ def _blot(p: Painter, outlines: list[FloatArray]) -> FloatArray:
         pixels = fixed(p.project(np.insert(points, 1, 0.0, axis=1)) / p.scale)
         for outline in np.split(pixels, np.cumsum([len(o) for o in outlines])[:-1]):
             cv2.fillConvexPoly(mask, outline, (255,), shift=4)
-    return np.asarray(cv2.blur(mask, (3, 3)), dtype=np.float32) / np.float32(255)
+    covered: FloatArray = np.asarray(cv2.blur(mask, (3, 3)), dtype=np.float32) / np.float32(255)
+    return covered
