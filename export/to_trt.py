@@ -32,7 +32,7 @@ PRECISIONS = {
     "fp32": "weights and activations in float32",
     "fp16": "in float16, but for what float16 cannot hold (the default)",
     "bf16": "in bfloat16: the range of float32 with 8 bits of precision",
-    "int8": "as the Q/DQ nodes of the file say; made by export/to_int8.py --target tensorrt",
+    "int8": "as the Q/DQ nodes of the file say, the rest in fp16; made by export/to_int8.py --target tensorrt",
     "fp8": "as the float8 Q/DQ nodes of the file say; needs sm89 or newer",
 }
 

@@ -124,6 +124,23 @@ class FileDataset(SegmentationDataset):
             return len(picture.getbands()) == 1 and picture.mode != "P"
 
 
+class Subset(SegmentationDataset):
+    """Some images of a data set."""
+
+    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
+        self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
+        self._dataset, self._indices = dataset, list(indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._dataset.name(self._indices[index])
+
+    def load(self, index: int) -> LabelledImage:
+        return self._dataset.load(self._indices[index])
+
+
 class CachedDataset(SegmentationDataset):
     """Keeps what it has once loaded in memory, up to a limit; past it, images are read anew each time."""
 

@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.export.precision import drop_unused_constants
 from aicsd_deploy.metadata import Metadata
 
 PIXELS = "aicsd_pixels"
@@ -54,7 +55,7 @@ def fold_preprocessing(model: onnx.ModelProto, metadata: Metadata) -> None:
     ):
         graph.node.insert(place, node)
     conv.input[0] = PIXELS
-    _drop_unused_constants(graph)
+    drop_unused_constants(graph)
 
 
 def read_pixels_directly(model: onnx.ModelProto) -> None:
@@ -66,7 +67,7 @@ def read_pixels_directly(model: onnx.ModelProto) -> None:
     gone = [n for n in graph.node if n is quantize or n.output[0] in (PIXELS, f"{PIXELS}_cast")]
     for node in gone:
         graph.node.remove(node)
-    _drop_unused_constants(graph)
+    drop_unused_constants(graph)
 
 
 def end_channels_last(model: onnx.ModelProto) -> None:
@@ -89,7 +90,7 @@ def end_channels_last(model: onnx.ModelProto) -> None:
     graph.node.insert(list(graph.node).index(resize), transpose)
     resize.input[0], resize.input[3] = "aicsd_logits_nhwc", "aicsd_sizes_nhwc"
     axis.i = 3
-    _drop_unused_constants(graph)
+    drop_unused_constants(graph)
     # The shapes that the exporter noted are those of the channels-first form.
     for value in [v for v in graph.value_info if v.name == resize.output[0]]:
         graph.value_info.remove(value)
@@ -114,9 +115,3 @@ def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProt
         "The graph does not start as export/to_onnx.py writes it (cast, channel order, normalisation, convolution with a "
         "bias), so its preprocessing cannot be put into the first layer. Use --target tensorrt or both, or export it again."
     )
-
-
-def _drop_unused_constants(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)

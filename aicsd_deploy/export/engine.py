@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import onnx
 
 from aicsd_deploy.console import say
@@ -25,7 +24,7 @@ from aicsd_deploy.export.engine_checks import (
     usual_profile,
 )
 from aicsd_deploy.export.gate import LIMITS, Limits, Loss, measure_loss, require_within
-from aicsd_deploy.export.precision import to_half
+from aicsd_deploy.export.precision import Half, to_half
 from aicsd_deploy.export.ranges import layer_errors, nodes_to_keep
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, Profile, build_engine
 from aicsd_deploy.export.verify import frames_for_comparison
@@ -35,11 +34,13 @@ from aicsd_deploy.runs import RUNS
 from aicsd_deploy.runtime.base import Backend, UInt8Array, open_backend
 from aicsd_deploy.runtime.driver import Gpu
 from aicsd_deploy.runtime.engine_card import EngineCard, card_path
-from aicsd_deploy.runtime.frames import resize_image
+from aicsd_deploy.runtime.frames import as_input
 from aicsd_deploy.runtime.ort_backend import OrtBackend
 from aicsd_deploy.runtime.tensorrt_module import Flavor, load_tensorrt, require_tensorrt_gpu
 
 CALIBRATION_FRAMES = 8
+HALVES: dict[Precision, Half] = {"fp16": "fp16", "bf16": "bf16", "int8": "fp16"}
+"""What a float graph, or the rest of a quantised one, is computed in."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,13 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
         options = dataclasses.replace(options, profiles=(usual_profile(metadata),))
     require_fitting_profiles(options.profiles, metadata)
     graph, float32_nodes = model, {}
-    if request.precision in ("fp16", "bf16"):
+    half = HALVES.get(request.precision)
+    if half is not None:
         calibration = _calibration_frames(open_dataset(request.data or metadata.data, "train"), metadata)
-        float32_nodes = nodes_to_keep(model, request.precision, calibration)
-        half = to_half(model, request.precision, keep=float32_nodes)
-        graph = half.model
-        _say_kept(float32_nodes, len(half.low), request.precision)
+        float32_nodes = nodes_to_keep(model, half, calibration)
+        lowered = to_half(model, half, keep=float32_nodes)
+        graph = lowered.model
+        _say_kept(float32_nodes, len(lowered.low), half)
     engine = build_engine(graph, request.flavor, options)
     _say_precision(engine.precision)
     require_precision(engine.precision, request.precision, str(out))
@@ -227,9 +229,7 @@ def _candidate(
 
 
 def _calibration_frames(dataset: SegmentationDataset, metadata: Metadata) -> list[UInt8Array]:
-    frames = frames_for_comparison(dataset, count=CALIBRATION_FRAMES)
-    resized = [resize_image(frame, metadata.image_size_hw) for frame in frames]
-    return [np.ascontiguousarray(f[..., ::-1] if metadata.channel_order == "rgb" else f)[None] for f in resized]
+    return [as_input(frame, metadata) for frame in frames_for_comparison(dataset, count=CALIBRATION_FRAMES)]
 
 
 def _sizes(profiles: Sequence[Profile], metadata: Metadata) -> list[tuple[int, int]] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aicsd_deploy.data.dataset import LabelledImage, SegmentationDataset
+from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset, Subset
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.export.verify import Agreement, compare, frames_for_comparison
@@ -76,26 +76,6 @@ class Loss:
         return [f"{n} {-100 * d:+.1f}" for n, d in sorted(known.items(), key=lambda item: -item[1])[:count]]
 
 
-class _Some(SegmentationDataset):
-    """A few images of a data set, evenly spread, read once."""
-
-    def __init__(self, dataset: SegmentationDataset, count: int) -> None:
-        self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
-        step = max(1, len(dataset) // count)
-        self._indices = list(range(0, len(dataset), step))[:count]
-        self._names = [dataset.name(i) for i in self._indices]
-        self._images = [dataset.load(i) for i in self._indices]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def name(self, index: int) -> str:
-        return self._names[index]
-
-    def load(self, index: int) -> LabelledImage:
-        return self._images[index]
-
-
 def measure_loss(
     reference: Backend,
     candidate: Backend,
@@ -113,7 +93,8 @@ def measure_loss(
         frames: how many of them to take, evenly spread.
         sizes: see `compare`.
     """
-    some = _Some(dataset, frames)
+    spread = range(0, len(dataset), max(1, len(dataset) // frames))[:frames]
+    some = CachedDataset(Subset(dataset, spread))  # both networks see them, at every size
     try:
         agreement = compare(reference, candidate, frames_for_comparison(some, count=frames), sizes=sizes)
     except InputError as error:

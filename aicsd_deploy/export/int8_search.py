@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from aicsd_deploy.console import percent, progress, say
-from aicsd_deploy.data.dataset import LabelledImage, SegmentationDataset
+from aicsd_deploy.data.dataset import SegmentationDataset, Subset
 from aicsd_deploy.errors import VerificationError
 from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.export.quantize import Quantizer, Target
@@ -45,23 +45,6 @@ class Int8Result:
     def drop(self) -> float:
         """mIoU lost on the validation images."""
         return self.float_scores.miou - self.int8_scores.miou
-
-
-class Subset(SegmentationDataset):
-    """Some images of a data set."""
-
-    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
-        self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
-        self._dataset, self._indices = dataset, list(indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def name(self, index: int) -> str:
-        return self._dataset.name(self._indices[index])
-
-    def load(self, index: int) -> LabelledImage:
-        return self._dataset.load(self._indices[index])
 
 
 def quantize_within(

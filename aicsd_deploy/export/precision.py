@@ -21,10 +21,13 @@ from aicsd_deploy.errors import InputError
 Half = Literal["fp16", "bf16"]
 BF16_OPSET = 22
 """The first operator set whose convolutions and poolings take bfloat16."""
+HALF_SCALES_OPSET = 19
+"""The first operator set that can dequantise to half precision."""
 
 _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _NUMPY: dict[str, Any] = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_FIRST = ("Conv", "ConvTranspose", "Gemm", "MatMul", "DequantizeLinear")
+"""From these on the graph runs in half precision. What is dequantised takes the type of its scale."""
 _FLOAT_INPUTS = {"Resize": (1, 2), "Upsample": (1,)}
 """Inputs that the operator takes in float32 only."""
 _UNTOUCHED = (
@@ -32,8 +35,6 @@ _UNTOUCHED = (
     "CastLike",
     "Shape",
     "Size",
-    "QuantizeLinear",
-    "DequantizeLinear",
     "If",
     "Loop",
     "Scan",
@@ -48,12 +49,10 @@ class HalfGraph:
     Attributes:
         model: the graph.
         low: names of the nodes that run in half precision.
-        kept: names of the nodes that stay in float32 although they could run in half precision.
     """
 
     model: onnx.ModelProto
     low: tuple[str, ...]
-    kept: tuple[str, ...]
 
 
 def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), emulate: bool = False) -> HalfGraph:
@@ -74,8 +73,9 @@ def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), e
     Raises:
         InputError: the graph cannot be lifted to the operator set that bf16 needs, or is no valid graph.
     """
-    if half == "bf16" and not emulate:
-        model = _at_least(model, BF16_OPSET)
+    if not emulate:
+        quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+        model = _at_least(model, BF16_OPSET if half == "bf16" else HALF_SCALES_OPSET if quantized else 0, half)
     model = with_constants_as_initializers(model)
     rewriter = _Rewriter(model, half, frozenset(keep), emulate)
     rewriter.run()
@@ -85,7 +85,7 @@ def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), e
         raise InputError(
             f"This graph cannot be written in {half}: {error}. Build it with --fp32, and report the network."
         ) from error
-    return HalfGraph(model, tuple(rewriter.low), tuple(rewriter.kept))
+    return HalfGraph(model, tuple(rewriter.low))
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
@@ -103,7 +103,7 @@ def float_candidates(model: onnx.ModelProto, types: Mapping[str, int]) -> list[o
         floats = [name for name in node.input if types.get(name) == TensorProto.FLOAT]
         if not floats or node.op_type in _UNTOUCHED:
             continue
-        if node.op_type in _WEIGHTED or not after_weights.isdisjoint(floats):
+        if node.op_type in _FIRST or not after_weights.isdisjoint(floats):
             found.append(node)
             after_weights.update(node.output)
     return found
@@ -125,7 +125,15 @@ def with_constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+def drop_unused_constants(graph: onnx.GraphProto) -> None:
+    """Remove, in place, the initializers that nothing reads."""
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    remaining = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(remaining)
+
+
+def _at_least(model: onnx.ModelProto, opset: int, half: Half) -> onnx.ModelProto:
     found = next(entry.version for entry in model.opset_import if not entry.domain)
     if found >= opset:
         return model
@@ -133,7 +141,7 @@ def _at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         lifted = onnx.version_converter.convert_version(model, opset)
     except Exception as error:  # a C++ exception without a class of its own
         raise InputError(
-            f"bf16 needs ONNX operator set {opset}, and this graph of set {found} cannot be lifted: {error}. "
+            f"This graph needs ONNX operator set {opset} for {half}, and cannot be lifted from set {found}: {error}. "
             f"Export it with: python export/to_onnx.py --opset {opset}"
         ) from error
     del lifted.metadata_props[:]
@@ -150,10 +158,9 @@ class _Rewriter:
         self.candidates = {node.name for node in float_candidates(model, self.types)}
         self.weights = {i.name: i for i in self.graph.initializer}
         self.half_tensors: set[str] = set()
-        self.made: dict[tuple[str, int], str] = {}
+        self.made: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         self.low: list[str] = []
-        self.kept: list[str] = []
 
     def run(self) -> None:
         outputs = {output.name for output in self.graph.output}
@@ -162,18 +169,13 @@ class _Rewriter:
                 self.low.append(node.name)
                 self._lower(node, outputs)
             else:
-                if node.name in self.candidates:
-                    self.kept.append(node.name)
                 for i, name in enumerate(node.input):
                     if name in self.half_tensors:
                         node.input[i] = self._cast(name, TensorProto.FLOAT)
                 self.nodes.append(node)
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
-        used = {name for node in self.nodes for name in node.input} | outputs
-        remaining = [i for i in self.graph.initializer if i.name in used]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(remaining)
+        drop_unused_constants(self.graph)
         del self.graph.value_info[:]
 
     def _lower(self, node: onnx.NodeProto, outputs: set[str]) -> None:
@@ -192,20 +194,20 @@ class _Rewriter:
                 # Its readers find the value under the old name: as float32, rounded.
                 node.output[i] = f"{name}_{self.half}"
                 if self.emulate:
-                    self._emit("Cast", node.output[i], f"{name}_rounded", _TYPES[self.half])
-                    self._emit("Cast", f"{name}_rounded", name, TensorProto.FLOAT)
+                    self._emit(node.output[i], f"{name}_rounded", _TYPES[self.half])
+                    self._emit(f"{name}_rounded", name, TensorProto.FLOAT)
                 else:
-                    self._emit("Cast", node.output[i], name, TensorProto.FLOAT)
+                    self._emit(node.output[i], name, TensorProto.FLOAT)
             else:
                 self.half_tensors.add(name)
 
     def _half_weight(self, name: str) -> str:
         new = f"{name}_{self.half}"
-        if (name, 0) not in self.made:
+        if new not in self.made:
             rounded = _rounded(numpy_helper.to_array(self.weights[name]), self.half)
             stored = rounded.astype(np.float32) if self.emulate else rounded
             self.graph.initializer.append(numpy_helper.from_array(stored, new))
-            self.made[name, 0] = new
+            self.made.add(new)
         return new
 
     def _to_half(self, name: str) -> str:
@@ -213,13 +215,14 @@ class _Rewriter:
         return self._cast(low, TensorProto.FLOAT) if self.emulate else low
 
     def _cast(self, name: str, to: int) -> str:
-        if (name, to) not in self.made:
-            self.made[name, to] = f"{name}_as_{helper.tensor_dtype_to_np_dtype(to).name}"
-            self._emit("Cast", name, self.made[name, to], to)
-        return self.made[name, to]
+        cast = f"{name}_as_{helper.tensor_dtype_to_np_dtype(to).name}"
+        if cast not in self.made:
+            self.made.add(cast)
+            self._emit(name, cast, to)
+        return cast
 
-    def _emit(self, kind: str, source: str, target: str, to: int) -> None:
-        self.nodes.append(helper.make_node(kind, [source], [target], name=f"{target}_{kind.lower()}", to=to))
+    def _emit(self, source: str, target: str, to: int) -> None:
+        self.nodes.append(helper.make_node("Cast", [source], [target], name=f"{target}_cast", to=to))
 
 
 def rounding_error(values: npt.NDArray[np.float32], half: Half) -> float:

@@ -27,7 +27,7 @@ from aicsd_deploy.export.cpu_graph import (
 )
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.runtime.base import UInt8Array
-from aicsd_deploy.runtime.frames import resize_image
+from aicsd_deploy.runtime.frames import as_input
 
 Target = Literal["cpu", "tensorrt", "both"]
 TARGETS: tuple[Target, ...] = ("cpu", "tensorrt", "both")
@@ -64,8 +64,15 @@ class Recipe:
     on_pixels: bool
 
 
-# TensorRT's parser takes symmetric ranges, no quantised bias, and no Q/DQ pair that two convolutions share.
-_SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "DedicatedQDQPair": True}
+# TensorRT's parser takes symmetric ranges, no quantised bias, and no Q/DQ pair that two convolutions share. Only what
+# convolutions read is rounded: a pair between a convolution and its activation would keep TensorRT from fusing the two.
+_SYMMETRIC = {
+    "ActivationSymmetric": True,
+    "WeightSymmetric": True,
+    "QuantizeBias": False,
+    "DedicatedQDQPair": True,
+    "OpTypesToExcludeOutputQuantization": ["Conv"],
+}
 # One step of the first activation is one step of a pixel, so that the pixels need no conversion.
 _PIXEL_RANGE = {
     PIXELS: [
@@ -104,7 +111,7 @@ class Quantizer:
         self.metadata = _metadata(model, source)
         if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             raise InputError(f"{source} is quantised already. Give the float32 file that export/to_onnx.py wrote.")
-        self._frames = [self._prepared(frame) for frame in frames_bgr]
+        self._frames = [as_input(frame, self.metadata) for frame in frames_bgr]
         if self._recipe.on_pixels:
             fold_preprocessing(model, self.metadata)
             end_channels_last(model)
@@ -153,10 +160,6 @@ class Quantizer:
         _set_metadata(model, self.metadata.replace(precision="int8", provenance=provenance))
         onnx.checker.check_model(model)
         onnx.save_model(model, str(path))
-
-    def _prepared(self, frame_bgr: UInt8Array) -> UInt8Array:
-        frame = resize_image(frame_bgr, self.metadata.image_size_hw)
-        return np.ascontiguousarray(frame if self.metadata.channel_order == "bgr" else frame[..., ::-1])[None]
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types

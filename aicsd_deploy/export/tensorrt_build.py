@@ -71,11 +71,10 @@ class PrecisionFound:
 
 @dataclass(frozen=True)
 class Engine:
-    """A built engine and what TensorRT said about it."""
+    """A built engine, what it computes in, and the version of the TensorRT that built it."""
 
     plan: bytes
     precision: PrecisionFound
-    warnings: tuple[str, ...]
     version: str
 
 
@@ -155,7 +154,7 @@ def build_engine(model: onnx.ModelProto, flavor: Flavor, options: BuildOptions) 
     if options.timing_cache is not None:
         with atomic_path(options.timing_cache) as temporary:
             temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return Engine(bytes(plan), precision, tuple(dict.fromkeys(messages)), str(trt.__version__))
+    return Engine(bytes(plan), precision, str(trt.__version__))
 
 
 def read_precision(trt: Any, network: Any) -> PrecisionFound:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 
 Fit = Literal["stretch", "pad", "tile"]
@@ -31,6 +32,12 @@ def resize_labels(labels_HW: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array
     if labels_HW.shape == size_hw:
         return labels_HW
     return np.asarray(cv2.resize(labels_HW, size_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT), dtype=np.uint8)
+
+
+def as_input(frame_bgr: UInt8Array, metadata: Metadata) -> UInt8Array:
+    """Return a frame, uint8 (H, W, 3) as OpenCV gives it, as an artefact takes it: uint8 (1, h, w, 3) in its channel order."""
+    frame = resize_image(frame_bgr, metadata.image_size_hw)
+    return np.ascontiguousarray(frame if metadata.channel_order == "bgr" else frame[..., ::-1])[None]
 
 
 def segment(backend: Backend, frame_bgr: UInt8Array) -> UInt8Array:

@@ -105,6 +105,9 @@ def test_every_student_in_every_precision(exported: dict[str, Path], name: str, 
     assert card["onnx_sha256"] == sha256(source)
     assert card["gate"]["reference"].endswith("best.pt")
     assert card["gate"]["agreement"] > 0.9 or precision in ("int8", "bf16")
+    if precision == "int8":  # in float32 only the preprocessing, and what stands around it
+        layers = card["precision_found"]["layers"]
+        assert layers["fp16"] > layers.get("fp32", 0)
     half = {"fp32": 4, "fp16": 2, "bf16": 2}.get(precision)
     if half:  # weights are most of a plan, so its size shows their type too
         weights = sum(card["precision_found"]["weights"].values())
