@@ -119,6 +119,20 @@ def device_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not a device; give auto, cpu, cuda or cuda:N")
 
 
+def add_runtime_flags(parser: argparse.ArgumentParser, *, threads: str) -> None:
+    """Add what `open_backend` takes besides the artefact: --device, --threads (`threads` is its help) and --memory."""
+    from aicsd_deploy.runtime.device_memory import OWNERS  # needs numpy, which other commands' --help does not
+
+    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help=threads)
+    parser.add_argument(
+        "--memory",
+        choices=("auto", *OWNERS),
+        default="auto",
+        help="who owns the GPU memory of a TensorRT engine; auto takes the first of the others that works",
+    )
+
+
 def output_file(text: str) -> Path:
     """Read the name of a file to be written, and try now whether it can be, not after hours of work."""
     if text != "-":

@@ -16,7 +16,7 @@ from aicsd_deploy.bench.gate import Rule, read_baseline, require_no_worse
 from aicsd_deploy.bench.report import benchmark
 from aicsd_deploy.bench.report_files import write_report
 from aicsd_deploy.bench.tables import noise, summary
-from aicsd_deploy.cli import Parser, add_json_flag, device_name, positive_int, run, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, positive_int, run, write_result
 from aicsd_deploy.console import say, table
 from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
 from aicsd_deploy.errors import InputError
@@ -35,13 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--reference", type=Path, metavar="FILE", help="artefact to hold the others against (default: the first)"
     )
-    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--threads",
-        type=positive_int,
-        metavar="N",
-        help="CPU threads for every network (default: as the runtimes choose)",
-    )
+    add_runtime_flags(parser, threads="CPU threads for every network (default: as the runtimes choose)")
     parser.add_argument("--rounds", type=positive_int, metavar="N", default=20, help="rounds of timing, 5 frames each")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier report.json, for --fail-if")
     parser.add_argument(
@@ -68,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     rules = [Rule.parse(text) for text in args.fail_if]
     baseline = read_baseline(args.baseline) if args.baseline else None
-    with open_backend(paths[0], device=args.device) as first:
+    with open_backend(paths[0], device=args.device, memory=args.memory) as first:
         spec = args.data or first.metadata.data
     report, pictures = benchmark(
         paths,
@@ -76,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference=paths.index(args.reference) if args.reference else 0,
         device=args.device,
         threads=args.threads,
+        memory=args.memory,
         rounds=args.rounds,
         loadgen_s=args.loadgen,
         pictures=not args.no_pictures,

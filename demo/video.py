@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args = parse(__doc__, argv)
     engine = args.engine or newest_artifact()
-    with open_backend(engine, device=args.device) as first:
+    with open_backend(engine, device=args.device, memory=args.memory) as first:
         about, device = first.metadata, first.device
     show = {"opacity": args.opacity, "shown": args.classes, "contour": args.contour, "legend": not args.no_hud}
     overlay = Overlay(about.classes, **show)
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         copies, threads = share_cores(device=device, live=source.live, in_flight=args.in_flight, threads=args.threads)
         backends = [
-            opened.enter_context(open_backend(engine, device=args.device, threads=threads)) for _ in range(copies)
+            opened.enter_context(open_backend(engine, device=args.device, threads=threads, memory=args.memory))
+            for _ in range(copies)
         ]
         if args.source is None:
             what = "the first camera" if source.live else "the built-in street scene, since there is no camera"

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, device_name, positive_int, run, size_hw, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, run, size_hw, write_result
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
 from aicsd_deploy.errors import InputError
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", metavar="SPEC", help=f"{SPEC_HELP} (default: what the artefact was trained on)")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
-    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads for the network")
+    add_runtime_flags(parser, threads="CPU threads for the network")
     protocol = parser.add_argument_group("protocol of papers (checkpoints only)")
     protocol.add_argument("--native", action="store_true", help="show images at their own size")
     protocol.add_argument("--window", type=size_hw, metavar="HxW", help="in overlapping windows of this size, averaged")
@@ -67,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol.add_argument("--flip", action="store_true", help="mirrored too, averaged")
     add_json_flag(parser)
     args = parser.parse_args(argv)
-    with open_backend(args.artifact or newest_artifact(), device=args.device, threads=args.threads) as backend:
+    how = {"device": args.device, "threads": args.threads, "memory": args.memory}
+    with open_backend(args.artifact or newest_artifact(), **how) as backend:
         dataset = open_dataset(args.data or backend.metadata.data, args.split)
         say(f"{backend.name} on {backend.device}, {dataset.spec} ({args.split}), {len(dataset)} images")
         segmenter, extra = None, {}

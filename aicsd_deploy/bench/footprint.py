@@ -44,9 +44,9 @@ class Work:
     traffic_mb: float | None = None
 
 
-def measure_footprint(path: Path, *, device: str, threads: int | None) -> Footprint:
+def measure_footprint(path: Path, *, device: str, threads: int | None, memory: str) -> Footprint:
     """Load an artefact in a process of its own and see what it takes."""
-    command = [sys.executable, "-m", __spec__.name, str(path), device, str(threads or 0)]
+    command = [sys.executable, "-m", __spec__.name, str(path), device, str(threads or 0), memory]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=dict(os.environ))
         return Footprint(**json.loads(answer.stdout.splitlines()[-1]))
@@ -70,9 +70,9 @@ def count_work(path: Path) -> Work:
     return Work()
 
 
-def _take_up(path: Path, device: str, threads: int | None) -> Footprint:
+def _take_up(path: Path, device: str, threads: int | None, memory: str) -> Footprint:
     start = time.perf_counter()
-    with open_backend(path, device=device, threads=threads) as backend:
+    with open_backend(path, device=device, threads=threads, memory=memory) as backend:
         height, width = backend.metadata.image_size_hw
         frame = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
         backend.infer(frame)
@@ -91,4 +91,4 @@ def _most_memory_mb() -> float | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_take_up(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None))))
+    print(json.dumps(asdict(_take_up(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None, sys.argv[4]))))

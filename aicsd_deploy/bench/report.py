@@ -16,6 +16,7 @@ from aicsd_deploy.bench.loadgen import require_loadgen, run_loadgen
 from aicsd_deploy.bench.machine_load import watch_machine
 from aicsd_deploy.bench.peak import measure_peak
 from aicsd_deploy.bench.pictures import Picture, draw_frames
+from aicsd_deploy.bench.report_html import require_jinja
 from aicsd_deploy.bench.throughput import measure_throughput
 from aicsd_deploy.console import progress, say
 from aicsd_deploy.data.dataset import SegmentationDataset
@@ -34,6 +35,7 @@ def benchmark(
     reference: int = 0,
     device: str,
     threads: int | None,
+    memory: str = "auto",
     rounds: int,
     loadgen_s: float | None = None,
     pictures: bool = True,
@@ -46,6 +48,7 @@ def benchmark(
         reference: which of the artefacts the others are held against.
         device: as for `open_backend`.
         threads: CPU threads for every network; None leaves it to the runtimes.
+        memory: as for `open_backend`.
         rounds: rounds of timing, 5 frames each.
         loadgen_s: seconds for each scenario of MLPerf's load generator; None leaves it out.
         pictures: draw the worst and a typical frame of each artefact.
@@ -55,12 +58,14 @@ def benchmark(
 
     Raises:
         InputError: an artefact cannot be loaded, or has other classes than the data.
-        MissingDependencyError: the load generator is asked for and not installed.
+        MissingDependencyError: what draws the page, or the load generator that is asked for, is not installed.
     """
     if loadgen_s is not None:
         require_loadgen()
+    require_jinja()  # minutes before the page is written
     with ExitStack() as stack:
-        backends = [stack.enter_context(open_backend(path, device=device, threads=threads)) for path in paths]
+        how: dict[str, Any] = {"device": device, "threads": threads, "memory": memory}
+        backends = [stack.enter_context(open_backend(path, **how)) for path in paths]
         for path, backend in zip(paths, backends, strict=True):
             say(f"{path}: {backend.name} on {backend.device}")
         accuracies = score_together(backends, dataset, reference=reference)
@@ -82,7 +87,7 @@ def benchmark(
                 }
                 row |= asdict(latency) | {"stages_ms": stages_ms, "throughput": asdict(throughput)}
                 row["throughput"]["fps_by_batch"] = {str(k): v for k, v in throughput.fps_by_batch.items()}
-                row |= asdict(work) | asdict(measure_footprint(path, device=device, threads=threads))
+                row |= asdict(work) | asdict(measure_footprint(path, **how))
                 row |= {
                     "compute_share": None if work.gflops is None else work.gflops / seconds / peak.gflops,
                     "bandwidth_share": None if work.traffic_mb is None else work.traffic_mb / 1e3 / seconds / peak.bandwidth_gbs,

@@ -12,18 +12,24 @@ from aicsd_deploy.bench.pictures import Picture
 from aicsd_deploy.errors import MissingDependencyError
 
 
-def to_html(report: dict[str, Any], pictures: Sequence[Picture]) -> str:
-    """Return the page.
-
-    Raises:
-        MissingDependencyError: jinja2 is not installed.
-    """
+def require_jinja() -> Any:
+    """Return the module, or raise MissingDependencyError with the way to get it."""
     try:
         import jinja2
     except ImportError as error:
         raise MissingDependencyError(
             f"report.html needs jinja2 ({error}). Install it with: pip install 'aicsd-deploy[bench]'"
         ) from error
+    return jinja2
+
+
+def to_html(report: dict[str, Any], pictures: Sequence[Picture]) -> str:
+    """Return the page.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+    """
+    jinja2 = require_jinja()
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -32,7 +38,7 @@ def to_html(report: dict[str, Any], pictures: Sequence[Picture]) -> str:
     reference = rows[report["reference"]]
     p50_ms = [row["p50_ms"] for row in rows]
     losers = {i: tables.losers_first(row, reference) for i, row in enumerate(rows) if row is not reference}
-    return template.render(
+    page: str = template.render(
         report=report,
         names=names,
         reference_name=names[report["reference"]],
@@ -66,6 +72,7 @@ def to_html(report: dict[str, Any], pictures: Sequence[Picture]) -> str:
         machine=tables.machine(report),
         method=tables.method(report),
     )
+    return page
 
 
 def headline(report: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, device_name, positive_int
+from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, positive_int
 from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.metadata import SegClass
@@ -82,13 +82,7 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         help="score the video: a data set whose images are its frames (camvid:PATH, folder:PATH), or a folder of label maps",
     )
     add("--split", choices=("train", "val", "test"), default="val", help="which images of the data set --labels")
-    add("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
-    add(
-        "--threads",
-        type=positive_int,
-        metavar="N",
-        help="CPU threads for each copy of the network (default: the cores are shared out)",
-    )
+    add_runtime_flags(parser, threads="CPU threads for each copy of the network (default: the cores are shared out)")
     add(
         "--in-flight",
         type=positive_int,
