@@ -38,6 +38,15 @@ class Checkpoint:
             InputError: the weights do not fit the network that the metadata names.
         """
         model = build_model(self.metadata.model, num_classes=len(self.metadata.classes), from_artifact=True)
+        self.load_into(model)
+        return model.eval()
+
+    def load_into(self, model: nn.Module) -> None:
+        """Give a network these weights.
+
+        Raises:
+            InputError: they do not fit it.
+        """
         try:
             model.load_state_dict(self.model)
         except RuntimeError as error:
@@ -45,7 +54,6 @@ class Checkpoint:
                 f"The checkpoint's weights do not fit the network {self.metadata.model!r} that it names "
                 f"({str(error).splitlines()[-1].strip()}). It was written by another version of the network."
             ) from error
-        return model.eval()
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 
+from aicsd_deploy.config import read_mapping
 from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import existing_file
 
 UNKNOWN_LOGIT = -1e4
 """The logit of a class that the teacher does not know: never the highest, and finite in half precision."""
@@ -79,13 +78,7 @@ def match_classes(
 
 
 def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[str]) -> list[list[int]]:
-    existing_file(path, "The class map")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold lines `student class: teacher class`.")
+    content = read_mapping(path, "The class map", holds="lines `student class: teacher class`")
     plain = [_plain(name) for name in theirs or []]
     wanted = [_plain(name) for name in ours]
     groups: list[list[int]] = [[] for _ in ours]

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +16,9 @@ from aicsd_deploy.cli import Parser, device_name, size_hw
 from aicsd_deploy.data.spec import SPEC_HELP
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _read_size(value: Any) -> Any:
@@ -32,6 +35,8 @@ SizeHW = Annotated[tuple[int, int] | None, BeforeValidator(lambda value: None if
 Method = Literal["none", "kd", "at", "sp", "ickd", "cwd", "dist", "icsd", "aicsd"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 C = TypeVar("C", bound="TrainConfig")
+ON_ALONE = {"alw": "linear", "qat": "cpu"}
+"""What a flag of several values means where it stands alone."""
 
 
 class TrainConfig(BaseModel):
@@ -46,6 +51,10 @@ class TrainConfig(BaseModel):
     )
     backbone_weights: Path | None = Field(
         None, description="local file with the backbone's ImageNet weights (torchvision's state dict)"
+    )
+    init: Path | None = Field(
+        None,
+        description="checkpoint of the same network to start from (default: random weights, or --backbone-weights)",
     )
     image_size: SizeHW = Field(
         None, description="size the network works on, HEIGHTxWIDTH (default: the teacher's, or the size of the images)"
@@ -182,8 +191,10 @@ class MethodConfig(BaseModel):
         description="leave ignored and padded pixels out of the teacher's terms; keep them where much is unlabelled and the "
         "teacher knows better",
     )
-    teacher_errors: Literal["keep", "mask"] = Field(
-        "keep", description="mask: leave out where the teacher contradicts the label, when it is weak"
+    teacher_errors: Literal["keep", "mask", "weigh"] = Field(
+        "keep",
+        description="mask: leave out where the teacher contradicts the label, when it is weak; weigh (kd, aicsd): in the "
+        "pixel-wise term each pixel counts by the probability that the teacher gives to its label, which keeps more of it",
     )
     teacher_confidence: float = Field(
         0.0, ge=0, lt=1, description="leave out where the teacher's highest probability is below this; 0 keeps all"
@@ -214,6 +225,14 @@ class MethodConfig(BaseModel):
     )
     teacher_layer: str | None = Field(None, description="the same of the teacher")
 
+    @model_validator(mode="after")
+    def _check_weighing(self) -> Self:
+        if self.teacher_errors == "weigh" and self.method not in ("kd", "aicsd"):
+            raise ValueError(
+                f"teacher_errors weigh needs a pixel-wise term, and {self.method} has none: use kd or aicsd"
+            )
+        return self
+
 
 class DistillConfig(MethodConfig, TrainConfig):
     """What distillation takes besides."""
@@ -228,10 +247,24 @@ class DistillConfig(MethodConfig, TrainConfig):
         description="YAML file with lines `student class: teacher class` (or a list of them), for a teacher of other classes; "
         "classes that it does not name are left out of the teacher's terms",
     )
+    qat: Literal["off", "cpu", "tensorrt"] = Field(
+        "off",
+        description="go on distilling a trained student (--init; default: the newest under runs/) while its convolutions "
+        "compute as in INT8, so that export/to_int8.py loses less; the value is its --target, cpu where none is given",
+    )
     model: str = Field(
         "lraspp_mobilenetv2",
         description="the student network: lraspp_mobilenetv2, deeplabv3plus_resnet18, … (README lists them), or smp:ARCHITECTURE:ENCODER, or package.module:function",
     )
+
+    @model_validator(mode="after")
+    def _check_qat(self) -> Self:
+        if self.qat != "off" and (self.sync_bn or self.checkpoint_activations):
+            raise ValueError(
+                "qat keeps the statistics of batch normalisation and computes each block once: it takes neither sync_bn nor "
+                "checkpoint_activations"
+            )
+        return self
 
 
 def add_config_flags(
@@ -260,9 +293,7 @@ def add_config_flags(
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is Literal:
-            alone: dict[str, Any] = (
-                {"nargs": "?", "const": "linear"} if name == "alw" else {}
-            )  # `--alw` alone switches it on
+            alone: dict[str, Any] = {"nargs": "?", "const": ON_ALONE[name]} if name in ON_ALONE else {}
             parser.add_argument(flag, choices=typing.get_args(kind), **alone, **options)
         elif name in ("image_size", "crop_size"):
             parser.add_argument(flag, type=size_hw, metavar="HxW", **options)
@@ -281,16 +312,25 @@ def read_config(config: type[C], args: argparse.Namespace) -> C:
     """
     values: dict[str, Any] = {}
     if args.config is not None:
-        path = existing_file(args.config, "The file of --config")
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded, dict):
-            raise InputError(f"{path} must hold settings as `name: value` lines.")
+        loaded = read_mapping(args.config, "The file of --config", holds="settings as `name: value` lines")
         values |= {str(key).replace("-", "_"): value for key, value in loaded.items()}
     values |= {name: getattr(args, name) for name in config.model_fields if hasattr(args, name)}
     return validated(config, values)
+
+
+def read_mapping(path: Path, what: str, *, holds: str) -> dict[Any, Any]:
+    """Return the mapping that a YAML file holds; `what` and `holds` name the file and its content in messages.
+
+    Raises:
+        InputError: there is no such file, or it is no YAML mapping.
+    """
+    try:
+        content = yaml.safe_load(existing_file(path, what).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold {holds}.")
+    return content
 
 
 def validated(config: type[C], values: dict[str, Any]) -> C:

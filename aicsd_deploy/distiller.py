@@ -193,6 +193,7 @@ class Distiller:
             valid = valid & (teacher.argmax(dim=1) == labels)
         if settings.teacher_confidence > 0:
             valid = valid & (torch.softmax(teacher.float(), dim=1).amax(dim=1) >= settings.teacher_confidence)
+        weight = probability_of_labels(teacher, labels) if settings.teacher_errors == "weigh" else None
         present = classes_present(teacher, labels) if settings.icsd_classes == "present" else None
         if self._known is not None:
             known = self._known = self._known.to(labels.device)
@@ -208,6 +209,8 @@ class Distiller:
                     "symmetric": settings.icsd_direction == "symmetric",
                     "classes": present,
                 }
+            if name == "kd":
+                options["weight"] = weight
             terms[name] = LOGIT_LOSSES[name](student, teacher, **options)
             if name in MEANS_OVER_PIXELS and settings.mask_ignored:
                 terms[name] = terms[name] * fair_share(batch, size)
@@ -223,9 +226,7 @@ class Distiller:
         sums = dict(self.state.named_buffers())
         if step < BALANCE_STEPS:
             for name, term in terms.items():
-                norm = _gradient_norm(term, anchor)
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
-                    torch.distributed.all_reduce(norm)  # the same weights in every process
+                norm = sum_over_processes(_gradient_norm(term, anchor))  # the same weights in every process
                 sums[f"gradient_{name}"] += norm
             self._balanced = None
         if self._balanced is None:
@@ -309,6 +310,14 @@ def classes_present(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
     for labels in (logits_BCHW.argmax(dim=1), labels_BHW.clamp(max=classes)):  # the last column takes the ignored ones
         found.scatter_(1, labels.flatten(1), True)
     return found[:, :classes]
+
+
+def probability_of_labels(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
+    """Return the probability that the logits give to each pixel's label, (B, H, W); 1 for ignored pixels."""
+    ignored = labels_BHW == IGNORE_LABEL
+    chosen = labels_BHW.masked_fill(ignored, 0).unsqueeze(1)
+    given = torch.softmax(logits_BCHW.float(), dim=1).gather(1, chosen).squeeze(1)
+    return given.masked_fill(ignored, 1.0)
 
 
 def _resized(logits_BCHW: Tensor, size: Sequence[int]) -> Tensor:

@@ -21,7 +21,7 @@ from aicsd_deploy.distiller import Distiller
 from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.export.deploy_module import Normalize
-from aicsd_deploy.files import write_json
+from aicsd_deploy.files import sha256, write_json
 from aicsd_deploy.metadata import Metadata, provenance
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runs import newest_checkpoint
@@ -30,17 +30,20 @@ from aicsd_deploy.teachers import Teacher, open_teacher
 from aicsd_deploy.tracking import draw_overlays, plot_confusion, plot_curves
 from aicsd_deploy.trainer import Trainer
 from aicsd_deploy.training import distributed
+from aicsd_deploy.training.fake_quant import imitate_int8
 from aicsd_deploy.training.last import BEST, LastCheckpoints, holds_a_run
 from aicsd_deploy.training.precision import autocast_dtype, lowered
+from aicsd_deploy.training.start import settled, start_from
 from aicsd_deploy.training.stopping import StopRequest
 from aicsd_deploy.training.validation import evaluate_together
 
-OF_THE_STUDENT = {"model", "backbone_weights", "backbone_lr_factor"}
+OF_THE_STUDENT = {"model", "init", "backbone_weights", "backbone_lr_factor"}
 """Settings that a teacher which is trained on the way does not take over: its network is another one."""
 
 
 def train_teacher(config: TrainConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Train a network on labels alone and return its summary; see `_train` for what lies in `out`."""
+    config = settled(config, out)
     return _train(config, out, role="teacher", method="none", teacher=None, resume=resume)
 
 
@@ -49,12 +52,13 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
 
     Without `config.teacher`, the newest teacher under runs/ for this data is taken, and one is trained if there is none.
     """
-    if config.method == "none":
-        if config.teacher is not None:
-            raise InputError("--method none learns from labels alone and takes no --teacher. Leave one of them out.")
-        return _train(config, out, role="student", method="none", teacher=None, resume=resume)
+    if config.method == "none" and config.teacher is not None:
+        raise InputError("--method none learns from labels alone and takes no --teacher. Leave one of them out.")
     distributed.start(choose_device(config.device))
     out = distributed.from_main(out)
+    config = distributed.from_main(settled(config, out))
+    if config.method == "none":
+        return _train(config, out, role="student", method="none", teacher=None, resume=resume)
     own = out / "teacher"
     name, from_artifact = distributed.from_main(
         (config.teacher, False) if config.teacher else _teacher_of(out, own, config.data)
@@ -134,6 +138,10 @@ def _train(
         data=config.data,
         provenance=provenance() | {"torch": torch.__version__},
     )
+    if config.init is not None:
+        began = start_from(config.init, network, train_data.classes)
+        origin = {"init": str(config.init), "init_sha256": sha256(config.init)}
+        metadata = metadata.replace(mean=began.mean, std=began.std, provenance=metadata.provenance | origin)
     if teacher is not None:
         origin = {"teacher": teacher.name, "teacher_sha256": teacher.digest}
         metadata = metadata.replace(provenance=metadata.provenance | origin)
@@ -144,6 +152,7 @@ def _train(
         "training images": len(train_data),
         "size of the images": list(metadata.image_size_hw),
         "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
+        "SHA-256 of the weights at the start": metadata.provenance.get("init_sha256"),
     }
     teacher_network, teacher_miou = None, None
     with StopRequest() as stop:
@@ -161,6 +170,9 @@ def _train(
             known_classes=None if teacher is None else teacher.known_classes,
             autocast=autocast,
         )
+        if isinstance(config, DistillConfig) and config.qat != "off":
+            for name, low_high in imitate_int8(network, symmetric=config.qat == "tensorrt").items():
+                distiller.state.register_buffer(name, low_high)
         Trainer(network, distiller, config, metadata, train_data, val_data, out, device, identity, stop).fit()
         summary = None
         if distributed.is_main():
@@ -238,6 +250,8 @@ def _sum_up(
         "config": config.model_dump(mode="json"),
         "provenance": checkpoint.metadata.provenance,
     }
+    if isinstance(config, DistillConfig) and config.qat != "off":
+        summary["imitated_int8_miou"] = checkpoint.metadata.scores["miou"]
     write_json(out / "summary.json", summary)
     say(
         table(

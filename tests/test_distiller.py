@@ -191,6 +191,10 @@ def test_options_choose_which_pixels_and_classes_count(batch: Batch) -> None:
 
     torch.testing.assert_close(kd(mask_ignored=False), pixel_kd_loss(s, t))
     torch.testing.assert_close(kd(teacher_errors="mask"), pixel_kd_loss(s, t, valid=t.argmax(1) == small))
+    right = t.softmax(1).gather(1, small.clamp(max=2).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(kd(teacher_errors="weigh"), pixel_kd_loss(s, t, valid=labelled, weight=right))
+    everywhere = right.masked_fill(~labelled, 1)
+    torch.testing.assert_close(kd(teacher_errors="weigh", mask_ignored=False), pixel_kd_loss(s, t, weight=everywhere))
     sure = t.softmax(1).amax(1) >= 0.45
     assert 0 < (sure & labelled).sum() < labelled.sum()
     torch.testing.assert_close(kd(teacher_confidence=0.45), pixel_kd_loss(s, t, valid=sure & labelled))

@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(
             f"teacher {percent(summary['teacher']['miou'])} %, student {percent(summary['miou'])} %: {100 * share:.1f} % of its teacher"
         )
+    if "imitated_int8_miou" in summary:
+        say(
+            f"with INT8 imitated: {percent(summary['imitated_int8_miou'])} %; export/to_int8.py tells what the real one has"
+        )
     say(f"run folder: {out}\nnext: python export/to_onnx.py {out / 'best.pt'}")
 
 

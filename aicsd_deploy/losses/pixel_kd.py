@@ -13,7 +13,14 @@ from torch import Tensor
 from aicsd_deploy.losses.common import check_pair, check_valid, precise
 
 
-def pixel_kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
+def pixel_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    valid: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Return the mean over pixels of KL(teacher || student) between the class distributions, times T squared.
 
     Args:
@@ -21,6 +28,7 @@ def pixel_kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0,
         teacher: logits of the same shape; no gradient flows into them.
         temperature: T in softmax(z / T), above 0.
         valid: bool (B, H, W), the pixels that count; None counts all, and with none at all the loss is 0.
+        weight: (B, H, W), what each pixel's divergence is multiplied with before the mean; None is 1.
 
     Returns:
         A scalar, 0 or more, in at least float32.
@@ -31,6 +39,8 @@ def pixel_kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0,
         log_student_BCHW = F.log_softmax(precise(student) / temperature, dim=1)
         log_teacher_BCHW = F.log_softmax(precise(teacher.detach()) / temperature, dim=1)
         kl_BHW = F.kl_div(log_student_BCHW, log_teacher_BCHW, reduction="none", log_target=True).sum(dim=1)
+        if weight is not None:
+            kl_BHW = kl_BHW * weight
         if valid is not None:
             kl_BHW = kl_BHW * valid
         count = kl_BHW.numel() if valid is None else valid.sum().clamp(min=1)

@@ -17,6 +17,8 @@ def test_two_pixels_by_hand() -> None:
     assert math.isclose(pixel_kd_loss(student, teacher).item(), first / 2)
     only_first = torch.tensor([[[True, False]]])
     assert math.isclose(pixel_kd_loss(student, teacher, valid=only_first).item(), first)
+    weight = torch.tensor([[[0.5, 9.0]]], dtype=torch.float64)
+    assert math.isclose(pixel_kd_loss(student, teacher, weight=weight).item(), first / 4)
 
 
 def test_temperature_softens_and_scales() -> None:

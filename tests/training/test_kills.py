@@ -20,8 +20,8 @@ from aicsd_deploy.tracking import RunLog
 RUN = [*TINY, "--student", "tiny_network:tiny", "--teacher", "teacher/best.pt", "--epochs", 8, "--save-every", 5, "--log-every", 2, "--resume", "auto"]  # fmt: skip
 
 
-def argv(out: str) -> list[str]:
-    return [str(REPO / "train/distill.py"), *map(str, RUN), "--out", out]
+def argv(out: str, *besides: object) -> list[str]:
+    return [str(REPO / "train/distill.py"), *map(str, RUN), *map(str, besides), "--out", out]
 
 
 def strike(work: Path, cases: list[dict[str, Any]]) -> list[int]:
@@ -40,8 +40,8 @@ def strike(work: Path, cases: list[dict[str, Any]]) -> list[int]:
     return codes
 
 
-def resume(work: Path, out: str) -> str:
-    result = call_script("train/distill.py", *RUN, "--out", out, cwd=work)
+def resume(work: Path, out: str, *besides: object) -> str:
+    result = call_script("train/distill.py", *RUN, *besides, "--out", out, cwd=work)
     assert result.returncode == 0, result.stderr
     return result.stderr
 
@@ -58,13 +58,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def assert_same(work: Path, out: str) -> None:
+def assert_same(work: Path, out: str, *, like: str = "whole") -> None:
     for name in ("best.pt", "last.pt"):
-        whole, other = (torch.load(work / run / name, weights_only=True) for run in ("whole", out))
+        whole, other = (torch.load(work / run / name, weights_only=True) for run in (like, out))
         assert whole["model"].keys() == other["model"].keys()
         assert all(torch.equal(whole["model"][key], other["model"][key]) for key in whole["model"]), name
         assert whole["metadata"]["scores"] == other["metadata"]["scores"]
-    assert log_lines(work / "whole") == log_lines(work / out)
+    assert log_lines(work / like) == log_lines(work / out)
     assert not list((work / out).glob(".*")), "nothing half-written may be left"
 
 
@@ -148,3 +148,11 @@ def test_a_disk_that_is_full_when_a_line_is_logged(work: Path) -> None:
     assert "last.pt is whole" in result.stderr
     resume(work, "log")
     assert_same(work, "log")
+
+
+def test_quantisation_aware_training_is_resumed_with_its_ranges(work: Path) -> None:
+    qat = ["--qat", "--init", "whole/best.pt", "--lr", 0.002]
+    resume(work, "qat", *qat)
+    assert strike(work, [{"argv": argv("qat_killed", *qat), "at": "step", "n": 8}]) == [-signal.SIGKILL]
+    resume(work, "qat_killed", *qat)
+    assert_same(work, "qat_killed", like="qat")
