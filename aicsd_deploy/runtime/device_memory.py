@@ -66,6 +66,14 @@ class DeviceMemory(ABC):
     def wait(self, stream: Any) -> None:
         """Wait until a stream has done all it was given."""
 
+    @abstractmethod
+    def mark(self, stream: Any) -> Any:
+        """Note, in the stream's order, the moment at which the GPU gets there."""
+
+    @abstractmethod
+    def milliseconds(self, first: Any, second: Any) -> float:
+        """Return the GPU's time between two marks that it has passed."""
+
     def record(self, stream: Any, work: Callable[[], None]) -> Callable[[], None] | None:
         """Capture what `work` gives to a stream as a CUDA graph; return what replays it, None where there are no graphs."""
         return None
@@ -136,6 +144,14 @@ class TorchMemory(DeviceMemory):
     def wait(self, stream: Any) -> None:
         stream.synchronize()
 
+    def mark(self, stream: Any) -> Any:
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def milliseconds(self, first: Any, second: Any) -> float:
+        return float(first.elapsed_time(second))
+
     def record(self, stream: Any, work: Callable[[], None]) -> Callable[[], None] | None:
         graph = self._torch.cuda.CUDAGraph()
         with self._torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -202,6 +218,14 @@ class CudaPythonMemory(DeviceMemory):
     def wait(self, stream: Any) -> None:
         self._call("cudaStreamSynchronize", stream.value)
 
+    def mark(self, stream: Any) -> Any:
+        event = self._call("cudaEventCreate")
+        self._call("cudaEventRecord", event, stream.value)
+        return _Owned(event, lambda: self._call("cudaEventDestroy", event))
+
+    def milliseconds(self, first: Any, second: Any) -> float:
+        return float(self._call("cudaEventElapsedTime", first.value, second.value))
+
     def record(self, stream: Any, work: Callable[[], None]) -> Callable[[], None] | None:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream.value, mode)
@@ -253,6 +277,12 @@ class PycudaMemory(DeviceMemory):
 
     def wait(self, stream: Any) -> None:
         stream.synchronize()
+
+    def mark(self, stream: Any) -> Any:
+        return self._cuda.Event().record(stream)
+
+    def milliseconds(self, first: Any, second: Any) -> float:
+        return float(first.time_till(second))
 
 
 class _Owned:

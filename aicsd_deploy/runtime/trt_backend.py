@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.runtime.base import Backend, UInt8Array
+from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array
 from aicsd_deploy.runtime.device_memory import Buffer, DeviceMemory, open_memory
 from aicsd_deploy.runtime.engine_card import EngineCard, read_card, require_gpu_device
 from aicsd_deploy.runtime.tensorrt_module import NAMES, load_tensorrt, logger, require_tensorrt_gpu
 
 HOST_CODE = "tensorrt-host-code"
 """In AICSD_TRUST: load version-compatible engines, which carry code for the CPU."""
+_STAGES = (STAGES[0], STAGES[2], STAGES[4])
+"""What an engine's time can be split into: upload, engine, download."""
 
 
 class TensorRTBackend(Backend):
@@ -70,6 +73,16 @@ class TensorRTBackend(Backend):
         finally:
             self._lanes.put(lane)
 
+    def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
+        """Return what CUDA events tell; an engine is one piece, so all that it computes counts as the network."""
+        lane = self._lanes.get()
+        try:
+            with self._memory.current():
+                runs = [lane.time_once(batch) for batch in batches_NHWC][1:]
+        finally:
+            self._lanes.put(lane)
+        return {name: float(np.median([run[name] for run in runs])) for name in _STAGES if runs}
+
     def close(self) -> None:
         """Give the GPU's memory back; calls that are running end first."""
         with self._memory.current():
@@ -83,11 +96,12 @@ class TensorRTBackend(Backend):
 
 @dataclass(frozen=True)
 class _Ready:
-    """What a lane holds for frames of one shape: views of its page-locked memory, and the call that does the work."""
+    """What a lane holds for frames of one shape: views of its page-locked memory, and the calls that do the work."""
 
     frames_NHWC: UInt8Array
     labels_NHW: UInt8Array
     buffers: tuple[Buffer, Buffer]
+    parts: tuple[Callable[[], None], ...]
     replay: Callable[[], None]
 
 
@@ -109,18 +123,32 @@ class _Lane:
         self._ready: _Ready | None = None
 
     def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
-        if self._ready is None or self._ready.frames_NHWC.shape != frames_NHWC.shape:
-            self._ready = None  # until the new shape works
-            self._ready = self._prepare(frames_NHWC.shape)
-        np.copyto(self._ready.frames_NHWC, frames_NHWC)
-        self._ready.replay()
+        ready = self._filled(frames_NHWC)
+        ready.replay()
         self._memory.wait(self._stream)
-        return np.copy(self._ready.labels_NHW)
+        return np.copy(ready.labels_NHW)
+
+    def time_once(self, frames_NHWC: UInt8Array) -> dict[str, float]:
+        """Return the milliseconds of each of _STAGES, given to the GPU one by one and not as a graph."""
+        ready = self._filled(frames_NHWC)
+        marks = [self._memory.mark(self._stream)]
+        for part in ready.parts:
+            part()
+            marks.append(self._memory.mark(self._stream))
+        self._memory.wait(self._stream)
+        return {name: self._memory.milliseconds(a, b) for name, (a, b) in zip(_STAGES, pairwise(marks), strict=True)}
 
     def close(self) -> None:
         self._memory.wait(self._stream)
         self._ready = None
         self._context = None
+
+    def _filled(self, frames_NHWC: UInt8Array) -> _Ready:
+        if self._ready is None or self._ready.frames_NHWC.shape != frames_NHWC.shape:
+            self._ready = None  # until the new shape works
+            self._ready = self._prepare(frames_NHWC.shape)
+        np.copyto(self._ready.frames_NHWC, frames_NHWC)
+        return self._ready
 
     def _prepare(self, shape_NHWC: tuple[int, ...]) -> _Ready:
         """Choose the profile, make the buffers, run once so that the kernels settle, and record the graph."""
@@ -136,18 +164,25 @@ class _Lane:
         self._context.set_tensor_address(self._input, frames.address)
         self._context.set_tensor_address(self._output, labels.address)
 
-        def work() -> None:
-            self._memory.upload(frames, self._stream)
+        def execute() -> None:
             if not self._context.execute_async_v3(self._memory.handle(self._stream)):
                 raise RuntimeError("TensorRT could not start the engine")
-            self._memory.download(labels, self._stream)
+
+        parts = (
+            lambda: self._memory.upload(frames, self._stream),
+            execute,
+            lambda: self._memory.download(labels, self._stream),
+        )
+
+        def work() -> None:
+            for part in parts:
+                part()
 
         work()
         self._memory.wait(self._stream)
         recorded = self._memory.record(self._stream, work) if self._graph else None
-        return _Ready(
-            frames.host.reshape(shape_NHWC), labels.host.reshape(labels_shape), (frames, labels), recorded or work
-        )
+        views = frames.host.reshape(shape_NHWC), labels.host.reshape(labels_shape)
+        return _Ready(*views, (frames, labels), parts, recorded or work)
 
     def _profile_for(self, shape_NHWC: tuple[int, ...]) -> int:
         for number, (smallest, _, largest) in enumerate(self._profiles):

@@ -104,6 +104,9 @@ def test_every_owner_of_memory_gives_the_same_labels(plan: Path, owner: str) -> 
     with TensorRTBackend(plan, memory=owner) as engine, TensorRTBackend(plan) as reference:
         for count in (1, 3):
             np.testing.assert_array_equal(engine.infer(batch(count)), reference.infer(batch(count)))
+        stages = engine.time_stages([batch(1)] * 4)
+        assert stages.keys() == {"host_to_device", "network", "device_to_host"}
+        assert min(stages.values()) > 0
 
 
 def test_memory_is_given_back(plan: Path) -> None:

@@ -82,6 +82,14 @@ def test_frames_in_labels_out(machine: SimpleNamespace, tmp_path: Path, graph: b
     assert machine.trt.engine.enqueued == (2 if graph else 4)
 
 
+def test_stages_are_told_by_the_gpus_own_clock(machine: SimpleNamespace, tmp_path: Path) -> None:
+    with TensorRTBackend(write_engine(tmp_path), lanes=1) as backend:
+        stages = backend.time_stages([frames(1, (8, 12))] * 3)
+        assert stages == {"host_to_device": 1, "network": 20, "device_to_host": 3}
+        given = frames(1, (8, 12), 7)
+        np.testing.assert_array_equal(backend.infer(given), expected(given))  # the lane is back
+
+
 def test_every_shape_gets_its_own_graph_and_profile(machine: SimpleNamespace, tmp_path: Path) -> None:
     profiles = (((1, 8, 12), (1, 8, 12), (2, 16, 24)), ((4, 8, 12), (4, 8, 12), (6, 16, 24)))
     metadata = Metadata("m", CLASSES, (8, 12), dynamic=("batch", "size"))
