@@ -168,7 +168,7 @@ class _Lane:
             if not self._context.execute_async_v3(self._memory.handle(self._stream)):
                 raise RuntimeError("TensorRT could not start the engine")
 
-        parts = (
+        parts: tuple[Callable[[], None], ...] = (
             lambda: self._memory.upload(frames, self._stream),
             execute,
             lambda: self._memory.download(labels, self._stream),
