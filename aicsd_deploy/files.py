@@ -35,14 +35,19 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private to the user
+        make_readable(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_readable(temporary: Path) -> None:
+    """Give a temporary file, which is private to the user, the mode of an ordinary new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
 
 
 def check_writable(path: Path | str) -> None:
@@ -85,6 +90,8 @@ def existing_file(path: Path | str, what: str) -> Path:
         raise InputError(f"{what} {path} is a folder, not a file.")
     if not path.exists():
         raise InputError(f"{what} {path} does not exist. Check the path (working folder: {Path.cwd()}).")
+    if not path.is_file():
+        raise InputError(f"{what} {path} is a device or a pipe, not a file. Write it to a file first.")
     if path.stat().st_size == 0:
         raise InputError(
             f"{what} {path} is empty (0 bytes). It was probably cut off when it was written; make it again."

@@ -85,6 +85,17 @@ class Lane:
                 return
             yield item
 
+    def newer(self, item: Any, *, within_s: float) -> Any:
+        """Return what comes next, or `item` if nothing comes within the time."""
+        try:
+            found = self._queue.get(timeout=within_s)
+        except queue.Empty:
+            return item
+        if found is _END:
+            self.put_end()
+            return item
+        return found
+
     def _put(self, item: Any) -> bool:
         while not self._stop.is_set():
             with suppress(queue.Full):

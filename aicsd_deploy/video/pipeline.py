@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import islice
 from typing import Any, Literal
 
@@ -149,7 +150,9 @@ def process_video(
         threads = [
             _stage_thread(stop, "decode", decoded, lambda frame: frame, to_infer),
             *(
-                _stage_thread(stop, "infer", before, infer(segmenter), after)
+                _stage_thread(
+                    stop, "infer", _fresh(before, source.fps) if source.live else before, infer(segmenter), after
+                )
                 for segmenter, before, after in zip(segmenters, *lanes, strict=True)
             ),
             _stage_thread(stop, "render", to_render, watch.timed("render", render), to_encode),
@@ -207,6 +210,21 @@ def _stage_thread(
             stop.fail(error)
 
     return threading.Thread(target=loop, name=name, daemon=True)
+
+
+def _fresh(lane: Lane, fps: Fraction) -> Iterator[Frame]:
+    """Give a live source's frames, none of which has waited for more than half a frame time if the next one is on time.
+
+    A network that is slower than the source finds a frame that has waited for anything up to a frame time. Where the next
+    one is due sooner than this one came, waiting for it costs less than its age would.
+    """
+    frame_time_s = float(1 / fps)
+    for frame in lane:
+        waited_s = time.perf_counter() - frame.arrived_s
+        if frame_time_s / 2 < waited_s < frame_time_s:
+            yield lane.newer(frame, within_s=frame_time_s - waited_s)
+        else:
+            yield frame
 
 
 def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source, expected: int | None) -> int:

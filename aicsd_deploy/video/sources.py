@@ -12,6 +12,8 @@ from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import cv2
 import numpy as np
@@ -59,6 +61,7 @@ class Source(ABC):
         size_hw: height and width of every frame, in pixels.
         frame_count: how many frames are expected (a file's header may be wrong); None where nobody knows.
         live: frames come when they come, and the newest matters more than every one.
+        pixel_aspect: width of a pixel by its height, for players.
         time_base: the unit of which all frame times are whole multiples, in seconds.
         skipped: frames that could not be decoded so far.
         reconnects: how often a live source was lost and came back.
@@ -69,6 +72,7 @@ class Source(ABC):
     fps: Fraction
     size_hw: tuple[int, int]
     frame_count: int | None = None
+    pixel_aspect: Fraction = Fraction(1)
     live: bool = False
     time_base: Fraction = CLOCK
     skipped: int = 0
@@ -157,7 +161,7 @@ class LoopedSource(Source):
             self._source.close()
             raise InputError(f"{self._source.name} is live and cannot be looped. Leave out --loop.")
         self.name, self.fps, self.size_hw = self._source.name, self._source.fps, self._source.size_hw
-        self.time_base = self._source.time_base
+        self.time_base, self.pixel_aspect = self._source.time_base, self._source.pixel_aspect
 
     def __iter__(self) -> Iterator[Frame]:
         index, start_s, last_s = 0, 0.0, 0.0
@@ -197,11 +201,15 @@ def open_source(
         return LoopedSource(lambda: open_source(spec, synthetic_hw=synthetic_hw))
     if spec == "synthetic":
         return SyntheticSource(synthetic_hw)
+    if not spec:
+        raise InputError("--source is empty. Name a file, a folder, a camera's number or an address, or leave it out.")
+    if spec.startswith("file://"):
+        spec = url2pathname(urlsplit(spec).path)
     if spec.isdecimal() and len(spec) < 4:
         from aicsd_deploy.video.live import open_camera
 
         return open_camera(int(spec))
-    if " ! " in spec or "://" in spec:
+    if (" ! " in spec or "://" in spec) and not Path(spec).is_file():
         from aicsd_deploy.video.streams import open_gstreamer, open_stream  # here, so that a camera needs no PyAV
 
         return open_gstreamer(spec) if " ! " in spec else open_stream(spec)

@@ -33,7 +33,11 @@ class StreamConnection(Connection):
             options["rtsp_transport"] = "tcp"  # a lost UDP packet spoils the picture until the next key frame
         try:
             self._container = av.open(
-                address, format=container_format, options=options, timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S)
+                address,
+                format=container_format,
+                options=options,
+                timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
+                metadata_errors="replace",
             )
         except (av.error.FFmpegError, OSError) as error:
             raise InputError(
@@ -100,8 +104,8 @@ class GStreamerConnection(StreamConnection):
         # As for OpenCV, a pipeline may end in appsink; what follows replaces it. One frame waits at most.
         elements = re.sub(r"!\s*appsink\b[^!]*$", "", pipeline).strip().rstrip("!")
         tail = (
-            "! queue leaky=downstream max-size-buffers=1 ! videoconvert ! video/x-raw,format=I420 ! y4menc ! "
-            "fdsink fd=1 sync=false"
+            "! queue leaky=downstream max-size-buffers=1 ! videoconvert ! videoscale ! "
+            "video/x-raw,format=YUY2,width=[2,65534,2] ! matroskamux streamable=true ! fdsink fd=1 sync=false"
         )
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the connection
         self._process = subprocess.Popen(
@@ -115,9 +119,7 @@ class GStreamerConnection(StreamConnection):
         too_late = threading.Timer(OPEN_TIMEOUT_S, self._process.kill)  # FFmpeg's own timeout does not hold for pipes
         too_late.start()
         try:
-            super().__init__(
-                f"pipe:{self._process.stdout.fileno()}", name="The pipeline", container_format="yuv4mpegpipe"
-            )
+            super().__init__(f"pipe:{self._process.stdout.fileno()}", name="The pipeline", container_format="matroska")
         except InputError as error:
             self._end_process()
             raise InputError(f"The GStreamer pipeline gives no video: {self._complaint() or error}") from error

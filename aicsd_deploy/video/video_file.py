@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sources import CLOCK, Frame, Source, fit, sane_fps
+from aicsd_deploy.video.timestamps import Timeline
 
 try:
     import av as av  # the sink takes it from here, so that one place explains its absence
@@ -20,6 +22,13 @@ except ImportError as missing:
     raise MissingDependencyError(
         "The package av (PyAV), which reads and writes videos, is not installed. Run: pip install 'aicsd-deploy[video]'"
     ) from missing
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+AVFMT_TS_DISCONT = 0x0200  # of FFmpeg's libavformat/avformat.h
+MOST_PIXELS_ALONE = 1920 * 1088
+"""Up to this size one thread decodes fast enough. Of several, each holds a picture, and damage at the end costs them all."""
 
 
 class FileSource(Source):
@@ -36,7 +45,7 @@ class FileSource(Source):
         """Open a file, or an address of something that has an end; `name` is what to call it."""
         self.name = name or str(path)
         try:
-            self._container = av.open(str(path))
+            self._container = open_container(path)
         except av.error.FFmpegError as error:
             raise InputError(
                 f"{self.name} is not a video that can be read ({error.strerror}). Check it in a player."
@@ -49,10 +58,17 @@ class FileSource(Source):
                     f"{self.name} has no video in it (only {self._contents()}). Give a file with moving pictures."
                 )
             self._stream = streams[0]
+            if self._stream.codec_context is None:
+                raise InputError(
+                    f"{self.name} is coded in a way that this FFmpeg has no decoder for. Convert it to H.264, for example."
+                )
             self._stream.thread_type = "AUTO"
+            if self._stream.width * self._stream.height <= MOST_PIXELS_ALONE:
+                self._stream.codec_context.thread_count = 1
             self.fps = sane_fps(self._stream.average_rate or self._stream.guessed_rate)
             self.time_base = self._stream.time_base or CLOCK
             self.frame_count = self._stream.frames or None
+            self._first_dts: int | None = None
             self._decoded = self._decode()
             # Only a frame shows that the file can be decoded and which way up it is; it is kept and given out first.
             self._first = next(self._decoded, None)
@@ -64,28 +80,30 @@ class FileSource(Source):
             self._container.close()
             raise
         self.size_hw = (self._first[0].shape[0], self._first[0].shape[1])
+        aspect = self._stream.sample_aspect_ratio
+        if aspect:
+            turned = self.size_hw != (self._stream.height, self._stream.width)  # by a quarter
+            self.pixel_aspect = 1 / aspect if turned else aspect
 
     def __iter__(self) -> Iterator[Frame]:
         waiting, self._first = self._first, None
-        index, last_s = 0, 0.0
+        index = 0
         while waiting is not None:
             image, time_s = waiting
-            if time_s is None:  # raw streams carry no time stamps
-                time_s = last_s + float(1 / self.fps) if index else 0.0
             yield Frame(index, fit(image, self.size_hw), time_s)
-            index, last_s = index + 1, time_s
+            index += 1
             waiting = next(self._decoded, None)
 
     def close(self) -> None:
         self._container.close()
 
-    def _decode(self) -> Iterator[tuple[UInt8Array, float | None]]:
-        start_s = Fraction(self._container.start_time or 0, 1_000_000)  # transport streams begin at an arbitrary time
+    def _decode(self) -> Iterator[tuple[UInt8Array, float]]:
+        timeline = timeline_of(self._container, step_s=1 / self.fps)
         packets = self._container.demux(self._stream)
         while True:
             try:
                 packet = next(packets, None)
-            except av.error.FFmpegError:  # the container is damaged from here on
+            except (av.error.FFmpegError, IndexError):  # damaged from here on; PyAV: streams that appear on the way
                 self.skipped += 1
                 packet = None
             try:
@@ -96,16 +114,45 @@ class FileSource(Source):
                 self.skipped += 1
                 decoded = []
             for frame in decoded:
-                time_s = None if frame.pts is None else max(0.0, float(frame.pts * self.time_base - start_s))
-                yield (
-                    upright(np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8), display_matrix(frame)),
-                    time_s,
-                )
+                time_s = timeline.place(self._stamp_s(frame))
+                image = np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8)
+                yield upright(image, display_matrix(frame)), max(0.0, float(time_s))
             if packet is None:
                 return
 
+    def _stamp_s(self, frame: av.VideoFrame) -> Fraction | None:
+        stamp = frame.pts
+        if (
+            self._container.format.name == "avi"
+        ):  # has decoding times only; what FFmpeg guesses from them goes back and forth
+            if self._first_dts is None:
+                self._first_dts = frame.dts
+            stamp = None if frame.dts is None or self._first_dts is None else frame.dts - self._first_dts
+        return None if stamp is None else stamp * self.time_base
+
     def _contents(self) -> str:
         return ", ".join(sorted({s.type for s in self._container.streams} - {"video"})) or "no moving pictures"
+
+
+def open_container(path: Path | str) -> InputContainer:
+    """Open a file, or an address, and nothing else that its name could mean to FFmpeg.
+
+    Raises:
+        av.error.FFmpegError: it cannot be opened.
+    """
+    name = os.path.abspath(path) if Path(path).is_file() else str(path)  # a colon in a name is no protocol
+    options = {"pattern_type": "none"} if "%" in name else {}  # nor is img%03d.png a series
+    return av.open(name, options=options, metadata_errors="replace")
+
+
+def timeline_of(container: InputContainer, *, step_s: Fraction) -> Timeline:
+    """Return the timeline that all streams of a file share."""
+    start_s = Fraction(container.start_time or 0, 1_000_000)  # transport streams begin at an arbitrary time
+    return Timeline(start_s=start_s, step_s=step_s, may_jump=bool(container.format.flags & AVFMT_TS_DISCONT))
+
+
+_QUARTER_TURNS = {90: [0, -1, 0, 1, 0], -90: [0, 1, 0, -1, 0], 180: [-1, 0, 0, 0, -1], -180: [-1, 0, 0, 0, -1]}
+"""Display matrices, as far as `upright` reads them, by the angle that PyAV tells; whether it mirrors too, that does not tell."""
 
 
 def upright(image_bgr: UInt8Array, matrix: list[int] | None) -> UInt8Array:
@@ -125,6 +172,9 @@ def upright(image_bgr: UInt8Array, matrix: list[int] | None) -> UInt8Array:
 
 
 def display_matrix(frame: av.VideoFrame) -> list[int] | None:
-    """Return the nine numbers for `upright`, None where a frame has none."""
-    found: Any = frame.side_data.get("DISPLAYMATRIX")
+    """Return the numbers for `upright`, None where a frame has none."""
+    try:
+        found: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV has no name for something that lies beside it, such as EXIF
+        return _QUARTER_TURNS.get(frame.rotation)
     return None if found is None else [int(v) for v in np.frombuffer(found, np.int32)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +12,15 @@ import numpy as np
 
 from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
-from aicsd_deploy.files import atomic_path
+from aicsd_deploy.files import atomic_path, make_readable
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink
 from aicsd_deploy.video.sources import Frame, Source
-from aicsd_deploy.video.video_file import av
+from aicsd_deploy.video.video_file import av, open_container, timeline_of
 
 if TYPE_CHECKING:
+    from av import Packet
+    from av.audio.stream import AudioStream
     from av.container import OutputContainer
     from av.video.stream import VideoStream
     from typing_extensions import Self
@@ -74,6 +77,13 @@ class Mp4Sink(Sink):
             faststart = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
             self._container = av.open(str(self._temporary), "w", options=faststart)
             self._stream = self._add_stream(self._container, source)
+            try:
+                self._stream.codec_context.open()
+            except av.error.FFmpegError as error:
+                height, width = source.size_hw
+                raise InputError(
+                    f"H.264 cannot hold frames of {width}x{height} (x264: at most 16384 a side). Write labels instead: -o FOLDER."
+                ) from error
             if self._audio_of is not None:
                 self._audio = AudioCopy(self._audio_of, self._container)
         except BaseException as error:
@@ -86,6 +96,7 @@ class Mp4Sink(Sink):
         stream = container.add_stream("libx264", rate=source.fps.limit_denominator(1001), options=self._options)
         stream.height, stream.width = (side + side % 2 for side in source.size_hw)  # 4:2:0 needs even sides
         stream.pix_fmt = "yuv420p"
+        stream.codec_context.sample_aspect_ratio = source.pixel_aspect
         self._fps = source.fps
         self._time_base = stream.time_base = stream.codec_context.time_base = source.time_base
         # Said in the file, since players guess the matrix by the size otherwise: BT.709, limited range.
@@ -109,10 +120,11 @@ class Mp4Sink(Sink):
         container, self._container = self._container, None
         if container is None:
             return
+        wanted = error is None or isinstance(error, KeyboardInterrupt)
         try:
             if self._last_pts >= 0:
                 container.mux(self._stream.encode(None))
-                if self._audio is not None:
+                if self._audio is not None and wanted:
                     self._audio.copy_until(self._last_pts * self._time_base + 1 / self._fps)
             container.close()
         except Exception as failure:  # a full disk
@@ -120,11 +132,12 @@ class Mp4Sink(Sink):
             if error is None:
                 raise
             return
-        if self._last_pts >= 0 and (error is None or isinstance(error, KeyboardInterrupt)):
+        if self._last_pts >= 0 and wanted:
             self._output.__exit__(None, None, None)
             return
         if self._last_pts >= 0:
             partial = self.path.with_suffix(f".partial{self.path.suffix}")
+            make_readable(self._temporary)
             self._temporary.replace(partial)
             say(f"The frames until the error are kept in {partial}")
         unfinished = error or InputError("no frame was written")
@@ -139,7 +152,11 @@ class AudioCopy:
     """
 
     def __init__(self, path: str, output: OutputContainer) -> None:
-        self._input, self._output = av.open(path), output
+        try:
+            self._input = open_container(path)
+        except (av.error.FFmpegError, OSError) as error:
+            raise InputError(f"{path} has no sound that can be copied: it is no file. Leave out --audio.") from error
+        self._output = output
         if not self._input.streams.audio:
             self._input.close()
             raise InputError(f"{path} has no sound to copy. Leave out --audio.")
@@ -153,22 +170,38 @@ class AudioCopy:
                 f"The sound of {path} ({track.codec_context.name}) cannot be copied into this kind of file: "
                 f"{first_line(error)}. Write an .mkv, or leave out --audio."
             ) from error
-        start_s = Fraction(self._input.start_time or 0, 1_000_000)  # as for the frames
-        self._shift = round(start_s / track.time_base) if track.time_base else 0
-        self._packets = (packet for packet in self._input.demux(track) if packet.dts is not None)
+        step_s = Fraction(track.codec_context.frame_size or 1024, track.codec_context.sample_rate or 48000)
+        self._timeline = timeline_of(self._input, step_s=step_s)
+        self._packets = self._demux(track)
         self._next = next(self._packets, None)
+        self._last_dts: int | None = None
 
     def copy_until(self, time_s: float | Fraction) -> None:
         """Copy the packets that begin before a time of the video."""
-        while (packet := self._next) is not None:
-            assert packet.dts is not None
-            if (packet.dts - self._shift) * packet.time_base >= time_s:
+        while self._next is not None:
+            packet, begins_s = self._next
+            if begins_s >= time_s:
                 return
             self._next = next(self._packets, None)
-            packet.dts -= self._shift
-            packet.pts = None if packet.pts is None else packet.pts - self._shift
+            packet.dts = packet.pts = round(begins_s / packet.time_base)  # sound is coded in the order it is heard
+            if self._last_dts is not None and packet.dts <= self._last_dts:  # damaged: no container takes it
+                continue
+            self._last_dts = packet.dts
             packet.stream = self._stream
             self._output.mux(packet)
+
+    def _demux(self, track: AudioStream) -> Iterator[tuple[Packet[AudioStream], Fraction]]:
+        """Give the packets with the times at which they begin, up to the end or to damage that ends the file."""
+        packets = self._input.demux(track)
+        while True:
+            try:
+                packet = next(packets, None)
+            except (av.error.FFmpegError, IndexError):
+                return
+            if packet is None:
+                return
+            if packet.dts is not None:
+                yield packet, self._timeline.place(packet.dts * packet.time_base)
 
     def close(self) -> None:
         self._input.close()

@@ -17,9 +17,10 @@ import pytest
 from video_helpers import CLASSES, Threshold, encode, grey_frames, within
 
 from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.video.lanes import Lane, Stop
 from aicsd_deploy.video.live import Connection, ConnectionLostError, LiveSource, open_camera
 from aicsd_deploy.video.overlay import Overlay
-from aicsd_deploy.video.pipeline import process_video
+from aicsd_deploy.video.pipeline import _fresh, process_video
 from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, SyntheticSource, open_source
 from aicsd_deploy.video.streams import without_password
@@ -137,6 +138,17 @@ def test_the_age_of_frames_is_counted_and_the_newest_is_shown() -> None:
     # A queue of more than one frame between any two stages would let ages grow to several inferences.
     assert np.median(result.age_ms) < 100
     assert result.ended == "end"
+
+
+def test_a_frame_that_has_waited_long_makes_room_for_one_that_is_due() -> None:
+    fps = Fraction(1, 10)  # a frame every ten seconds, so that this test's own time does not count
+    lane = Lane(Stop(), 9, newest=False)
+    now_s = time.perf_counter()
+    for index, waited_s in enumerate((1, 6, 0, 7)):
+        lane.put(Frame(index, np.zeros((2, 2, 3), np.uint8), 0.0, now_s - waited_s))
+    lane.put_end()
+    # 0 is fresh; 1 is half a frame time old and 2 is there; 3 is old too, but then comes the end.
+    assert [frame.index for frame in within(20, lambda: list(_fresh(lane, fps)))] == [0, 2, 3]
 
 
 def test_a_lost_source_is_told_in_the_result() -> None:
@@ -284,6 +296,18 @@ def test_a_gstreamer_pipeline(sink: str) -> None:
     assert 1 <= len(frames) <= 20
     np.testing.assert_allclose(frames[0].image_bgr[24, 32], (0, 0, 255), atol=12)
     assert (source.live, source.lost, source.size_hw) == (True, False, (48, 64))
+
+
+@has_gstreamer
+@pytest.mark.parametrize("size_hw", [(75, 102), (33, 101), (360, 484)])
+def test_a_gstreamer_pipeline_of_odd_sizes(size_hw: tuple[int, int]) -> None:
+    height, width = size_hw
+    caps = f"video/x-raw,format=I420,width={width},height={height},framerate=30/1"  # whose rows GStreamer pads
+    with open_source(f"videotestsrc is-live=true num-buffers=9 pattern=white ! {caps}") as source:
+        frames = within(20, lambda: list(source))
+    assert source.size_hw == (height, width // 2 * 2)
+    assert len(frames) > 1
+    assert min(frame.image_bgr.min() for frame in frames) > 240
 
 
 @has_gstreamer

@@ -9,12 +9,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from video_helpers import CLASSES, Threshold, encode, grey_frames, read_back
+from PIL import Image
+from video_helpers import CLASSES, Numbered, Threshold, encode, grey_frames, read_back
 
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.sources import open_source
+from aicsd_deploy.video.timestamps import Timeline
 from aicsd_deploy.video.video_writer import Mp4Sink
 
 COUNT = 12
@@ -85,6 +87,108 @@ def test_every_frame_comes_out_in_order_at_its_time(make: Callable[[Path], Path]
     assert (np.diff([image.mean() for image in images]) > 1).all(), "the grey values of the frames rise"
 
 
+def joined(path: Path) -> Path:
+    """Two transport streams in one file: the time stamps begin anew in the middle."""
+    part = encode(path.with_name("part.ts"), grey_frames(COUNT)).read_bytes()
+    path.with_suffix(".ts").write_bytes(part + part)
+    return path.with_suffix(".ts")
+
+
+def out_of_order(path: Path) -> Path:
+    """Pictures that are coded out of order, in a container that has no presentation times."""
+    return encode(path.with_suffix(".avi"), noise(COUNT), time_base=Fraction(1, 25))
+
+
+@pytest.mark.parametrize(("make", "count"), [(joined, 2 * COUNT), (out_of_order, COUNT)])
+def test_times_go_evenly_where_the_stamps_do_not(make: Callable[[Path], Path], count: int, tmp_path: Path) -> None:
+    path = make(tmp_path / "in")
+    assert np.diff(read_back(path)[0]).min() < 0, "the file is as bad as it should be"
+    with open_source(str(path)) as source:
+        times = [frame.time_s for frame in source]
+    assert times == pytest.approx([number / 25 for number in range(count)], abs=2e-3)
+
+
+def test_a_jump_ahead_is_one_only_where_the_format_may_jump() -> None:
+    stamps = [100, 101, None, 99_999, 103, 103, 102, 200, 6, 7]
+
+    def times(may_jump: bool) -> list[float]:
+        line = Timeline(start_s=Fraction(100), step_s=Fraction(1, 2), may_jump=may_jump)
+        return [float(line.place(None if stamp is None else Fraction(stamp))) for stamp in stamps]
+
+    # one stamp is hours off, one is there twice, one goes back a little more than it may, then the clock begins anew
+    assert times(True) == [0, 1, 1.5, 2, 2.5, 2.5, 3, 3.5, 4, 5]
+    assert times(False)[:4] == [0, 1, 1.5, 99_899]
+
+
+@pytest.mark.parametrize(("suffix", "orientation", "size_hw"), [(".tiff", 1, (48, 64)), (".jpg", 6, (64, 48))])
+def test_a_picture_with_exif_is_read_and_turned(
+    suffix: str, orientation: int, size_hw: tuple[int, int], tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[:, :32] = 200  # the left half is what orientation 6 has on top
+    Image.fromarray(image).save(tmp_path / f"in{suffix}", exif=exif)
+    with open_source(str(tmp_path / f"in{suffix}")) as source:
+        (frame,) = source
+    assert source.size_hw == size_hw
+    assert frame.image_bgr[:20, :20].mean() > 180
+    assert frame.image_bgr[-20:, -20:].mean() < 20
+
+
+def test_names_and_titles_in_another_encoding_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "in.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf\u00e9"
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(grey_frames(1)[0], format="bgr24")))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace("caf\u00e9".encode(), b"caf\xe9 "))
+    with open_source(str(path)) as source:
+        assert len(list(source)) == 1
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "cam ! one.mp4", "50%03d.mp4", "file:y.mp4"])
+def test_a_file_is_read_whatever_its_name_could_mean(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    encode(Path("in.mp4"), grey_frames(3)).rename(name)
+    with open_source(name) as source:
+        assert (len(list(source)), source.name) == (3, name)
+
+
+def test_a_picture_named_like_a_series_is_one_picture(tmp_path: Path) -> None:
+    for name in ("img1.png", "img2.png", "img%d.png"):
+        Image.fromarray(grey_frames(1)[0]).save(tmp_path / name)
+    with open_source(str(tmp_path / "img%d.png")) as source:
+        assert len(list(source)) == 1
+
+
+def test_an_address_of_a_file_is_that_file(tmp_path: Path) -> None:
+    path = encode(tmp_path / "in it.mp4", grey_frames(3))
+    with open_source(path.as_uri()) as source, pytest.raises(InputError, match="would be lost"):
+        Mp4Sink(path).open(source)
+
+
+@pytest.mark.parametrize("rotation", [None, (90.0, False, False)])
+def test_the_shape_of_pixels_is_kept(rotation: tuple[float, bool, bool] | None, tmp_path: Path) -> None:
+    path = encode(tmp_path / "in.mp4", grey_frames(3), rotation=rotation, pixel_aspect=Fraction(4, 3))
+    with open_source(str(path)) as source:
+        process_video(source, Threshold(), Mp4Sink(tmp_path / "out.mp4"), overlay=Overlay(CLASSES))
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        found = container.streams.video[0].sample_aspect_ratio
+    assert found == (Fraction(4, 3) if rotation is None else Fraction(3, 4))
+
+
+def test_frames_too_large_for_h264_are_refused(tmp_path: Path) -> None:
+    source = Numbered(2, size_hw=(4, 20_000))
+    with pytest.raises(InputError, match="20000x4"):
+        Mp4Sink(tmp_path / "out.mp4").open(source)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_frame(tmp_path: Path) -> None:
     path = encode(tmp_path / "one.mp4", grey_frames(1))
     with open_source(str(path)) as source:
@@ -152,6 +256,24 @@ def test_sound_is_copied_packet_by_packet(with_sound: Path, tmp_path: Path) -> N
     assert after == before[: len(after)]
     assert after[-1][0] == pytest.approx(20 / 25, abs=0.07)
     assert len(read_back(tmp_path / "out.mp4")[0]) == 20
+
+
+def test_sound_of_joined_files_goes_on(with_sound: Path, tmp_path: Path) -> None:
+    with av.open(str(with_sound)) as old, av.open(str(tmp_path / "part.ts"), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                new.mux(packet)
+    path = tmp_path / "joined.ts"
+    path.write_bytes((tmp_path / "part.ts").read_bytes() * 2)
+    with open_source(str(path)) as source:
+        sink = Mp4Sink(tmp_path / "out.mkv", audio_of=str(path))
+        process_video(source, Threshold(), sink, overlay=Overlay(CLASSES))
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        times = [float(p.pts * p.time_base) for p in container.demux(audio=0) if p.size]
+    assert np.diff(times) == pytest.approx(0.064, abs=0.03)  # 1024 samples, at 16 kHz
+    assert times[-1] > 1.8
 
 
 @pytest.mark.parametrize(("suffix", "says"), [(".mp4", "has no sound"), (".mkv", "has no sound")])

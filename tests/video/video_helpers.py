@@ -63,6 +63,7 @@ def encode(
     pts: list[int] | None = None,
     time_base: Fraction = Fraction(1, 25),
     rotation: tuple[float, bool, bool] | None = None,
+    pixel_aspect: Fraction | None = None,
 ) -> Path:
     """Write BGR pictures as a video."""
     with av.open(str(path), "w") as container:
@@ -70,6 +71,8 @@ def encode(
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.time_base = stream.codec_context.time_base = time_base
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if rotation is not None:
             stream.set_display_rotation(*rotation)
         for number, image in enumerate(images):
