@@ -31,6 +31,11 @@ def _read_size(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def _switched(name: str, value: Any) -> Any:
+    """Take `on` and `off` from a file, which YAML reads as true and false."""
+    return (ON_ALONE[name] if value else "off") if isinstance(value, bool) else value
+
+
 SizeHW = Annotated[tuple[int, int] | None, BeforeValidator(lambda value: None if value is None else _read_size(value))]
 Method = Literal["none", "kd", "at", "sp", "ickd", "cwd", "dist", "icsd", "aicsd"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -201,7 +206,7 @@ class MethodConfig(BaseModel):
     )
     alw: Annotated[
         Literal["auto", "off", "linear", "cosine", "quadratic"],
-        BeforeValidator(lambda value: {False: "off", True: "linear"}.get(value, value)),  # YAML reads `off` as false
+        BeforeValidator(lambda value: _switched("alw", value)),
     ] = Field(
         "auto",
         description="adaptive loss weighting, for any method: how its weight alpha moves over training. auto: linear for "
@@ -227,7 +232,7 @@ class MethodConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_weighing(self) -> Self:
-        if self.teacher_errors == "weigh" and self.method not in ("kd", "aicsd"):
+        if self.teacher_errors == "weigh" and self.method not in ("none", "kd", "aicsd"):
             raise ValueError(
                 f"teacher_errors weigh needs a pixel-wise term, and {self.method} has none: use kd or aicsd"
             )
@@ -247,7 +252,10 @@ class DistillConfig(MethodConfig, TrainConfig):
         description="YAML file with lines `student class: teacher class` (or a list of them), for a teacher of other classes; "
         "classes that it does not name are left out of the teacher's terms",
     )
-    qat: Literal["off", "cpu", "tensorrt"] = Field(
+    qat: Annotated[
+        Literal["off", "cpu", "tensorrt"],
+        BeforeValidator(lambda value: _switched("qat", value)),
+    ] = Field(
         "off",
         description="go on distilling a trained student (--init; default: the newest under runs/) while its convolutions "
         "compute as in INT8, so that export/to_int8.py loses less; the value is its --target, cpu where none is given",
@@ -339,7 +347,8 @@ def validated(config: type[C], values: dict[str, Any]) -> C:
         return config(**values)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']} (given: {e['input']!r})"
+            f"  {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}"
+            + (f" (given: {e['input']!r})" if e["loc"] else "")
             for e in error.errors()[:8]
         ]
         known = f"\nSettings there are: {', '.join(config.model_fields)}." if "extra_forbidden" in str(error) else ""

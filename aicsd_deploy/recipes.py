@@ -56,7 +56,7 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
         raise InputError("--method none learns from labels alone and takes no --teacher. Leave one of them out.")
     distributed.start(choose_device(config.device))
     out = distributed.from_main(out)
-    config = distributed.from_main(settled(config, out))
+    asked, config = config, distributed.from_main(settled(config, out))
     if config.method == "none":
         return _train(config, out, role="student", method="none", teacher=None, resume=resume)
     own = out / "teacher"
@@ -67,9 +67,9 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
         name = str(own / BEST)
         say(f"There is no teacher for {config.data} yet; training one first into {own}.")
         shared = {
-            k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT
+            k: v for k, v in asked.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT
         }
-        train_teacher(TrainConfig(**shared), own, resume=True)
+        train_teacher(TrainConfig(**shared | {"image_size": config.image_size}), own, resume=True)
     classes = open_dataset(config.data, "val").classes
     teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
     say(f"teacher: {name} ({teacher.metadata.model})")

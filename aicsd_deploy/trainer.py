@@ -253,7 +253,8 @@ class Trainer:
             return
         state = checkpoint.training
         ours = self.config.model_dump(mode="json") | self.identity
-        check_same_run(ours, state["config"] | state["identity"], folder=self.out)
+        defaults = type(self.config)().model_dump(mode="json")
+        check_same_run(ours, state["config"] | state["identity"], folder=self.out, defaults=defaults)
         self.network.load_state_dict(checkpoint.model)
         self._step.load_state_dict(state)
         self._at = Position(**{name: state[name] for name in vars(self._at)})

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from aicsd_deploy.cli import Parser
-from aicsd_deploy.config import DistillConfig, MethodConfig, add_config_flags, read_config
+from aicsd_deploy.config import DistillConfig, MethodConfig, add_config_flags, read_config, validated
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import BALANCE_STEPS, Distiller, classes_present, cross_entropy, labels_at
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.losses.icsd import icsd_loss
 from aicsd_deploy.losses.pixel_kd import pixel_kd_loss
+from aicsd_deploy.training.resume import check_same_run
 
 
 class Network(nn.Module):
@@ -222,10 +223,29 @@ def test_classes_that_the_teacher_does_not_know_are_left_out(batch: Batch) -> No
     torch.testing.assert_close(loss(batch, step=0, total_steps=1).terms["kd"], expected)
 
 
-def test_alw_as_a_flag_alone_and_as_yaml_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "alone", "other"), [("alw", "linear", "cosine"), ("qat", "cpu", "tensorrt")])
+def test_a_switch_as_a_flag_alone_and_as_yaml_reads_it(name: str, alone: str, other: str, tmp_path: Path) -> None:
     parser = Parser("x")
     add_config_flags(parser, DistillConfig)
-    assert read_config(DistillConfig, parser.parse_args(["--method", "cwd", "--alw"])).alw == "linear"
-    assert read_config(DistillConfig, parser.parse_args(["--alw", "cosine"])).alw == "cosine"
-    (tmp_path / "c.yaml").write_text("alw: off\n")
-    assert read_config(DistillConfig, parser.parse_args(["--config", str(tmp_path / "c.yaml")])).alw == "off"
+
+    def read(*arguments: str) -> Any:
+        return getattr(read_config(DistillConfig, parser.parse_args(arguments)), name)
+
+    assert read("--method", "cwd", f"--{name}") == alone
+    assert read(f"--{name}", other) == other
+    for text, value in (("off", "off"), ("on", alone), (other, other)):
+        (tmp_path / "c.yaml").write_text(f"{name}: {text}\n")
+        assert read("--config", str(tmp_path / "c.yaml")) == value
+
+
+def test_weighing_pixels_needs_a_term_that_has_them() -> None:
+    with pytest.raises(InputError, match=r"cwd has none: use kd or aicsd$"):
+        validated(DistillConfig, {"method": "cwd", "teacher_errors": "weigh"})
+    assert validated(DistillConfig, {"method": "none", "teacher_errors": "weigh"}).method == "none"
+
+
+def test_a_run_of_an_older_version_has_the_settings_of_then() -> None:
+    defaults = {"qat": "off", "lr": 1e-3}
+    check_same_run({"qat": "off", "lr": 0.1}, {"lr": 0.1}, folder=Path("x"), defaults=defaults)
+    with pytest.raises(InputError, match="qat: was 'off', now 'cpu'"):
+        check_same_run({"qat": "cpu", "lr": 0.1}, {"lr": 0.1}, folder=Path("x"), defaults=defaults)

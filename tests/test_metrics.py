@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
 
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.metrics import ConfusionMatrix
 
 
@@ -57,3 +64,18 @@ def test_labels_that_are_no_class_are_refused() -> None:
         ConfusionMatrix(2).add(np.zeros((1, 1), np.uint8), np.full((1, 1), 7, np.uint8))
     with pytest.raises(ValueError, match="differ in size"):
         ConfusionMatrix(2).add(np.zeros((1, 2), np.uint8), np.zeros((1, 1), np.uint8))
+
+
+def test_images_without_any_label_have_no_score(folder_data: Path) -> None:
+    """As those of Cityscapes' test split."""
+    for path in (folder_data / "val/labels").iterdir():
+        Image.fromarray(np.full((48, 64), 255, np.uint8)).save(path)
+    dataset = open_dataset(f"folder:{folder_data}", "val")
+    backend = SimpleNamespace(metadata=SimpleNamespace(classes=dataset.classes))
+
+    def segmenter(frame: np.ndarray) -> np.ndarray:
+        return np.zeros(frame.shape[:2], np.uint8)
+
+    with pytest.raises(InputError, match=r"No pixel of the 4 images of folder:.* \(val\) has a label"):
+        evaluate(backend, dataset, segmenter=segmenter)  # type: ignore[arg-type]
+    assert evaluate(backend, dataset, segmenter=segmenter, share=(1, 2)).images == 2  # type: ignore[arg-type]

@@ -84,6 +84,9 @@ def test_what_a_cell_cannot_be_is_said_before_anything_runs(studied: Path) -> No
     result = study(studied, "--methods", "none", "--epochs", "3")
     assert result.returncode == 2
     assert "epochs: was 2, now 3" in result.stderr
+    result = study(studied, "--qat")
+    assert result.returncode == 2
+    assert "needs --init" in result.stderr
     result = study(studied, "--seeds", "zero")
     assert result.returncode == 2
     assert "zero" in result.stderr

@@ -34,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(TrainConfig, args)
     out = args.out or new_run_folder(f"teacher-{config.model}")
     if args.check_data:
+        reports = {}
         for split in ("train", "val"):
             dataset = open_dataset(config.data, split)
-            say(check_dataset(dataset).to_text())
+            report = check_dataset(dataset)
+            reports[split] = report.to_dict()
+            say(report.to_text())
             say("\n".join(str(path) for path in write_overlays(dataset, out)))
         check_splits(open_dataset(config.data, "train"), open_dataset(config.data, "val"))
+        write_result(reports, args.json)
         return
     summary = train_teacher(config, out, resume=args.resume == "auto")
     write_result(summary, args.json)

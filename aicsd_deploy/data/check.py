@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -37,7 +38,7 @@ class DataReport:
     sizes_hw: dict[tuple[int, int], int]
 
     def to_text(self) -> str:
-        """Return a table of the classes with their label ids, pixels and images."""
+        """Return a table of the classes with their train ids (what `load` gives, not what the masks hold), pixels and images."""
         total = max(int(self.pixels.sum()), 1)
         names = [*(c.name for c in self.dataset.classes), "ignored"]
         ids = [*(str(i) for i in range(len(self.dataset.classes))), str(IGNORE_LABEL)]
@@ -49,7 +50,19 @@ class DataReport:
             f"{h}x{w} ({n})" for (h, w), n in sorted(self.sizes_hw.items(), key=lambda item: -item[1])[:5]
         )
         head = f"{self.dataset.spec}, {self.dataset.split}: {len(self.dataset)} images, HxW {sizes}"
-        return head + "\n" + table(["class", "id", "pixels", "% of all", "in images"], rows)
+        return head + "\n" + table(["class", "train id", "pixels", "% of all", "in images"], rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `teacher.py --check-data --json` writes for a split."""
+        names = [*(c.name for c in self.dataset.classes), "ignored"]
+        return {
+            "data": self.dataset.spec,
+            "split": self.dataset.split,
+            "images": len(self.dataset),
+            "sizes_hw": {f"{h}x{w}": n for (h, w), n in self.sizes_hw.items()},
+            "pixels": dict(zip(names, self.pixels.tolist(), strict=True)),
+            "images_with": dict(zip(names, self.images_with.tolist(), strict=True)),
+        }
 
 
 def check_dataset(dataset: SegmentationDataset) -> DataReport:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
 
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
@@ -71,7 +72,8 @@ class FileDataset(SegmentationDataset):
         label_values: Mapping[int, int],
         spec: str,
         split: str,
-        colors: Mapping[RGB, int] | None = None,
+        colors: Mapping[RGB, int | None] | None = None,
+        as_stored: bool = False,
     ) -> None:
         """Keep the list of files; nothing is read yet.
 
@@ -81,9 +83,10 @@ class FileDataset(SegmentationDataset):
             label_values: value in the mask → class index, or 255 where it is to be ignored.
             spec: see `SegmentationDataset`.
             split: see `SegmentationDataset`.
-            colors: colour → value in the mask, for masks that are colour pictures; None refuses those.
+            colors: see `read_mask`.
+            as_stored: see `read_image`.
         """
-        self._colors = colors
+        self._colors, self._as_stored = colors, as_stored
         self.pairs = list(pairs)
         self.classes = classes
         self.spec = spec
@@ -103,7 +106,7 @@ class FileDataset(SegmentationDataset):
 
     def load(self, index: int) -> LabelledImage:
         pair = self.pairs[index]
-        image = read_image(pair.image)
+        image = read_image(pair.image, as_stored=self._as_stored)
         values = read_mask(pair.labels, colors=self._colors)
         if values.shape != image.shape[:2]:
             raise InputError(
@@ -120,7 +123,7 @@ class FileDataset(SegmentationDataset):
         return image, self._to_index[values]
 
     def is_grey(self, index: int) -> bool:
-        with _opened(self.pairs[index].image, "image", head_only=True) as picture:
+        with _opened(self.pairs[index].image, "image") as picture:
             return len(picture.getbands()) == 1 and picture.mode != "P"
 
 
@@ -176,34 +179,49 @@ class CachedDataset(SegmentationDataset):
         return pair
 
 
-def read_image(path: Path) -> UInt8Array:
-    """Read a picture as uint8 (H, W, 3), red, green, blue; grey ones become colour, EXIF rotation is left alone.
+def read_image(path: Path, *, as_stored: bool = False) -> UInt8Array:
+    """Read a picture as uint8 (H, W, 3), red, green, blue; grey ones become colour.
+
+    Args:
+        path: the picture.
+        as_stored: labels are known to be drawn on the pixels as they are stored, whatever an EXIF tag says of turning them.
 
     Raises:
-        InputError: the file is missing, no picture, damaged, or has more than 8 bits a channel.
+        InputError: the file is missing, no picture, damaged, has more than 8 bits a channel, or is turned by its EXIF tag.
     """
     with _opened(path, "image") as picture:
-        if picture.mode.startswith("I") or picture.mode == "F":
+        if _is_deep(picture):
             raise InputError(
-                f"{path} has one channel of 16 bits or more (mode {picture.mode}), but pictures must have 8 bits a channel. "
+                f"{path} has more than 8 bits a channel (mode {picture.mode}), but pictures must have 8, as frames do. "
                 "Bring it to 0 to 255 first, in the way that your camera's frames will be brought to it."
             )
+        if not as_stored:
+            _refuse_turned(picture, path)
         return np.asarray(picture.convert("RGB"))
 
 
-def read_mask(path: Path, *, colors: Mapping[RGB, int] | None = None) -> UInt8Array:
-    """Read a mask as uint8 (H, W): an index mask, a palette picture whose indices count, a colour picture, or a file of SBD.
+def read_mask(path: Path, *, colors: Mapping[RGB, int | None] | None = None) -> UInt8Array:
+    """Read a mask as uint8 (H, W): an index mask, a palette picture, a colour picture, or a file of SBD.
+
+    The indices of a palette picture count, except where its palette is that of the classes in another order.
 
     Args:
         path: a picture, or a .mat file in the form of SBD's `cls` folder.
-        colors: what a colour of a colour picture stands for; None takes no colour pictures.
+        colors: colour → value in the mask, or None where several values have it; None instead takes no colour pictures.
 
     Raises:
-        InputError: the file is missing, no picture, damaged, or of colours that stand for nothing.
+        InputError: the file is missing, no picture, damaged, a JPEG, turned by its EXIF tag, or of colours that stand for
+            nothing.
     """
     if path.suffix == ".mat":
         return _read_sbd(path)
     with _opened(path, "label") as picture:
+        if picture.format in ("JPEG", "MPO"):  # MPO: a JPEG with a preview, as phones write it
+            raise InputError(
+                f"{path} is a JPEG, which changes values where two classes meet, so that its labels are wrong there. Make the "
+                "masks anew as PNG, from what they were drawn with; converting this file keeps the damage."
+            )
+        _refuse_turned(picture, path)
         if picture.mode in ("RGB", "RGBA") and colors is not None:
             return _from_colors(np.asarray(picture.convert("RGB")), colors, path)
         if picture.mode not in ("L", "P", "1", "I", "I;16"):
@@ -214,22 +232,58 @@ def read_mask(path: Path, *, colors: Mapping[RGB, int] | None = None) -> UInt8Ar
         values = np.asarray(picture)
         if values.size and (values.max() > 255 or values.min() < 0):
             raise InputError(f"{path} holds label values {values.min()} to {values.max()}; they must lie in 0 to 255.")
-        return values.astype(np.uint8)
+        values = values.astype(np.uint8)
+        palette = picture.getpalette() if picture.mode == "P" else None
+        return values if colors is None or not palette else _from_palette(values, palette, colors, path)
 
 
-def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int], path: Path) -> UInt8Array:
+def _from_palette(
+    values_HW: UInt8Array, palette: Sequence[int], colors: Mapping[RGB, int | None], path: Path
+) -> UInt8Array:
+    """Return the values as they are, or what their colours stand for, where the palette holds class colours in another order.
+
+    Programs that reduce colours number a palette as they like. One with other colours, or with one of them twice, says
+    nothing about classes.
+    """
+    entries = [(palette[i], palette[i + 1], palette[i + 2]) for i in range(0, len(palette), 3)]
+    used = int(values_HW.max(initial=0, where=values_HW != IGNORE_LABEL)) + 1  # 255 is ignored, whatever its colour
+    filler = entries[-1]
+    while len(entries) > used and entries[-1] == filler:
+        entries.pop()
+    if used > len(entries) or len(set(entries)) < len(entries) or not colors.keys() >= set(entries):
+        return values_HW
+    if all(colors[color] in (value, None) for value, color in enumerate(entries)):
+        return values_HW
+    table = np.full(256, IGNORE_LABEL, dtype=np.uint8)
+    values_of = _unambiguous(colors, path)
+    table[: len(entries)] = [values_of[color] for color in entries]
+    return table[values_HW]
+
+
+def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int | None], path: Path) -> UInt8Array:
+    values_of = _unambiguous(colors, path)
     packed = picture_HWC.astype(np.int64) @ np.array([65536, 256, 1])
     found, where = np.unique(packed, return_inverse=True)
     triples = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found]
-    unknown = [color for color in triples if color not in colors]
+    unknown = [color for color in triples if color not in values_of]
     if unknown:
         raise InputError(
             f"{path} is a colour picture with {len(unknown)} colours that no class has, {unknown[0]} for one. Add them to "
             "classes.txt, or, if it was saved as JPEG or resized smoothly, make it anew without: colours between two classes "
             "mean nothing."
         )
-    values = np.array([colors[color] for color in triples], dtype=np.uint8)
+    values = np.array([values_of[color] for color in triples], dtype=np.uint8)
     return np.asarray(values[where].reshape(packed.shape))
+
+
+def _unambiguous(colors: Mapping[RGB, int | None], path: Path) -> dict[RGB, int]:
+    for color, value in colors.items():
+        if value is None:
+            raise InputError(
+                f"classes.txt gives the colour {color} to two classes, but the labels in {path} are colours, so that it cannot "
+                "be told which class is meant. Give each class its own colour, in both."
+            )
+    return {color: value for color, value in colors.items() if value is not None}
 
 
 def _read_sbd(path: Path) -> UInt8Array:
@@ -238,17 +292,41 @@ def _read_sbd(path: Path) -> UInt8Array:
     if not path.is_file():
         raise InputError(f"The label file {path} does not exist.")
     try:
-        return np.asarray(loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item(), dtype=np.uint8)
+        values = loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item()
+        return np.ascontiguousarray(values, dtype=np.uint8)  # MATLAB's order is column by column, which OpenCV refuses
     except Exception as error:  # whatever a damaged file makes of the reader
         raise InputError(f"{path} is no label file of SBD (a .mat with GTcls.Segmentation), or is damaged.") from error
 
 
-def _opened(path: Path, what: str, *, head_only: bool = False) -> Image.Image:
+def _is_deep(picture: ImageFile.ImageFile) -> bool:
+    """Say whether a channel has more than 8 bits. Only before the pixels are loaded: of 16-bit colour, Pillow then has 8 left."""
+    tiff_bits: tuple[int, ...] = getattr(picture, "tag_v2", {}).get(258, (8,))
+    png_is_deep = picture.format == "PNG" and ";16" in str(picture.tile)
+    return picture.mode.startswith(("I", "F")) or png_is_deep or max(tiff_bits) > 8
+
+
+def _refuse_turned(picture: ImageFile.ImageFile, path: Path) -> None:
+    """Load the pixels and raise InputError if viewers show them turned."""
+    if picture.format != "TIFF":  # of which Pillow turns the pixels as it loads them, and drops the tag
+        picture.load()
     try:
-        picture = Image.open(path)
-        if not head_only:
-            picture.load()
-        return picture
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF, which viewers pass over too
+        orientation = None
+    if orientation in range(2, 9):
+        raise InputError(
+            f"{path} is turned by its EXIF tag (orientation {orientation}): viewers show it otherwise than it is stored, and "
+            "labels are drawn on either, which cannot be told. If on the shown one, turn the pixels (exiftran -ai FILE, or "
+            "mogrify -auto-orient FILE); if on the stored one, remove the tag (exiftool -Orientation= FILE)."
+        )
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[ImageFile.ImageFile]:
+    """Open a picture, of which only the head is read; damage is an InputError here and while its pixels are loaded."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
     except FileNotFoundError as error:
         raise InputError(f"The {what} file {path} does not exist.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -65,19 +65,19 @@ def open_camvid(root: Path, split: str) -> FileDataset:
     )
 
 
-def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict[RGB, int] | None]:
+def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict[RGB, int | None]]:
     """Read classes.txt.
 
     Returns:
         The classes in the order of their label values, the table from label value to class index (255: ignored), and that
-        from colour to label value; None instead of the last where two lines have the same colour.
+        from colour to label value (None: two lines have this colour).
 
     Raises:
-        InputError: the file is missing or a line is not `index name R G B`.
+        InputError: the file is missing, a line is not `index name R G B`, or two classes have the same name.
     """
     existing_file(path, "The class list")
     found: dict[int, SegClass] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
@@ -96,9 +96,17 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict
     ]
     if len(kept) < 2:
         raise InputError(f"{path} names {len(kept)} classes; segmentation needs at least two.")
-    colors = {found[value].color_rgb: value for value in found}
+    names = Counter(found[value].name for value in kept)
+    shared = next((name for name in names if names[name] > 1), None)
+    if shared is not None:
+        raise InputError(
+            f"{path} has {names[shared]} classes named {shared!r}, which scores by name would mix up. Give each its own name."
+        )
+    colors: dict[RGB, int | None] = {}
+    for label_value, seg_class in found.items():
+        colors[seg_class.color_rgb] = None if seg_class.color_rgb in colors else label_value
     table = {v: kept.index(v) if v in kept else IGNORE_LABEL for v in found}
-    return tuple(found[value] for value in kept), table, colors if len(colors) == len(found) else None
+    return tuple(found[value] for value in kept), table, colors
 
 
 def read_stems(path: Path) -> list[str] | None:
@@ -109,9 +117,14 @@ def read_stems(path: Path) -> list[str] | None:
         Path(line.strip()).name.rsplit(".", 1)[0]
         if Path(line.strip()).suffix.lower() in IMAGE_SUFFIXES
         else line.strip()
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in _lines(path)
         if line.strip()
     ]
+
+
+def _lines(path: Path) -> list[str]:
+    # -sig: Windows' editors begin a file with a mark (BOM), which would become a part of the first line.
+    return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
 
 
 def _pair_up(images: Path, labels: Path, *, stems: list[str] | None) -> list[FilePair]:
@@ -135,7 +148,16 @@ def _by_stem(folder: Path, what: str) -> dict[str, Path]:
         raise InputError(
             f"{folder} does not exist, where the {what} of this split are expected. See README, 'Your own data'."
         )
-    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if path.stem in files:
+            raise InputError(
+                f"{folder} holds both {files[path.stem].name} and {path.name}, but images and labels are matched by the name "
+                "without its suffix. Remove or rename one of them."
+            )
+        files[path.stem] = path
     if not files:
         raise InputError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}).")
     return files

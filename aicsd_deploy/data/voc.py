@@ -76,7 +76,8 @@ def open_vocaug(root: Path, split: str) -> FileDataset:
             "there. Put one of them there, or use voc:PATH."
         )
     own = _stems(base, "train")
-    more = [stem for name in ("train", "val") for stem in read_stems(sbd / f"{name}.txt") or []]
+    what = "images with labels of SBD, without which vocaug is plain voc"
+    more = [stem for name in ("train", "val") for stem in _listed(sbd / f"{name}.txt", what)]
     extra = sorted(set(more) - set(own) - held_out)
     files = {stem: sbd / "cls" / f"{stem}.mat" for stem in extra}
     return _dataset([*own, *extra], base, labels=files, spec=spec, split=split)
@@ -92,9 +93,8 @@ def _dataset(
         )
         for stem in stems
     ]
-    return FileDataset(
-        pairs, classes=VOC_CLASSES, label_values={i: i for i in range(len(VOC_CLASSES))}, spec=spec, split=split
-    )
+    label_values = {i: i for i in range(len(VOC_CLASSES))}
+    return FileDataset(pairs, classes=VOC_CLASSES, label_values=label_values, spec=spec, split=split, as_stored=True)
 
 
 def _base(root: Path) -> Path:
@@ -107,11 +107,14 @@ def _base(root: Path) -> Path:
 
 
 def _stems(base: Path, split: str) -> list[str]:
-    path = base / "ImageSets/Segmentation" / f"{split}.txt"
-    stems = read_stems(path)
-    if stems is None:
-        raise InputError(f"{path} does not exist, which lists the images of {split}.")
-    if not stems:
-        raise InputError(f"{path} names no image.")
+    stems = _listed(base / "ImageSets/Segmentation" / f"{split}.txt", f"images of {split}")
     # Some lists have `image label` pairs of paths in a line; the first one names the image.
     return list(np.asarray([Path(stem.split()[0]).stem for stem in stems]))
+
+
+def _listed(path: Path, what: str) -> list[str]:
+    stems = read_stems(path)
+    if not stems:
+        problem = "does not exist" if stems is None else "names no image"
+        raise InputError(f"{path} {problem}, but it is to list the {what}. Put the official list there.")
+    return stems

@@ -183,7 +183,8 @@ class _Rewriter:
             if self.types.get(name) != TensorProto.FLOAT or i in _FLOAT_INPUTS.get(node.op_type, ()):
                 continue
             if name in self.weights:
-                node.input[i] = self._half_weight(name)
+                scale = i == 1 and node.op_type in ("QuantizeLinear", "DequantizeLinear")
+                node.input[i] = self._half_weight(name, positive=scale)
             elif name not in self.half_tensors:
                 node.input[i] = self._to_half(name)
         self.nodes.append(node)
@@ -201,10 +202,13 @@ class _Rewriter:
             else:
                 self.half_tensors.add(name)
 
-    def _half_weight(self, name: str) -> str:
+    def _half_weight(self, name: str, *, positive: bool) -> str:
+        """Store a weight in half precision; the scale of a channel that is nearly dead must not become 0."""
         new = f"{name}_{self.half}"
         if new not in self.made:
             rounded = _rounded(numpy_helper.to_array(self.weights[name]), self.half)
+            if positive and self.half == "fp16":
+                rounded = np.maximum(rounded, np.finfo(np.float16).smallest_subnormal)
             stored = rounded.astype(np.float32) if self.emulate else rounded
             self.graph.initializer.append(numpy_helper.from_array(stored, new))
             self.made.add(new)

@@ -16,7 +16,7 @@ from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import write_json
 from aicsd_deploy.metadata import git_revision
-from aicsd_deploy.recipes import distill, train_teacher
+from aicsd_deploy.recipes import OF_THE_STUDENT, distill, train_teacher
 from aicsd_deploy.tracking import read_log
 from aicsd_deploy.training.last import BEST
 from aicsd_deploy.training.resume import FREE_TO_CHANGE
@@ -51,10 +51,11 @@ class StudyConfig(DistillConfig):
         if name not in self.variants and name not in METHODS:
             known = ", ".join([*METHODS, *self.variants])
             raise InputError(f"There is no method or variant {name!r}. There are {known}.")
-        recipe = {k: v for k, v in self.model_dump().items() if k in DistillConfig.model_fields}
+        given = self.model_dump(exclude_unset=True)  # what is not given may follow from --qat
+        recipe = {k: v for k, v in given.items() if k in DistillConfig.model_fields}
         changes = self.variants.get(name, {"method": name})
         values = recipe | {"teacher": teacher} | changes | {"seed": seed}
-        if values["method"] == "none":
+        if values.get("method") == "none":
             values |= {"teacher": None, "class_map": None}
         return validated(DistillConfig, values)
 
@@ -67,6 +68,8 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: a name is unknown, or a cell in `out` was run with other settings.
     """
+    if config.qat != "off" and config.init is None:
+        raise InputError("A study with --qat needs --init STUDENT, so that every cell goes on with the same student.")
     teacher = config.teacher if config.teacher is not None else "teacher"
     for name in config.methods:  # before hours of training
         config.cell(name, 0, teacher=teacher)
@@ -82,7 +85,7 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
 def _own_teacher(config: StudyConfig, folder: Path) -> str:
     if not (folder / "summary.json").is_file():
         shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields}
-        own = {k: v for k, v in shared.items() if k not in ("model", "backbone_weights")}
+        own = {k: v for k, v in shared.items() if k not in OF_THE_STUDENT}
         train_teacher(validated(TrainConfig, own | config.teacher_recipe), folder, resume=True)
     return str(folder / BEST)
 

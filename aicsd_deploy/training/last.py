@@ -28,7 +28,7 @@ class LastCheckpoints:
             InputError: there are states, and all of them are damaged or of something else than a training.
         """
         for leftover in self.folder.glob(".*.tmp*"):  # of a write that was killed
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)  # another process may have been quicker
         last = self.folder / LAST
         for path in [*([last] if last.exists() else []), *reversed(self._older())]:
             try:

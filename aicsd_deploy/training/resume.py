@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from aicsd_deploy.console import say
@@ -15,12 +17,20 @@ FREE_TO_CHANGE = {
 """Settings that a resumed run may have different; any other would make it another run."""
 
 
-def check_same_run(ours: dict[str, Any], theirs: dict[str, Any], *, folder: Path) -> None:
+def check_same_run(
+    ours: dict[str, Any], theirs: dict[str, Any], *, folder: Path, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Say which settings have changed since a run was saved.
+
+    Args:
+        ours, theirs: settings by name, now and then.
+        folder: where the run is.
+        defaults: what a setting was before there was a choice, for runs that were saved by an older version.
 
     Raises:
         InputError: they make it another run.
     """
+    theirs = dict(defaults) | theirs
     changed = {name: f"{name}: was {theirs.get(name)!r}, now {ours[name]!r}" for name in ours}
     changed = {name: text for name, text in changed.items() if ours[name] != theirs.get(name)}
     refused = [f"  {text}" for name, text in changed.items() if name not in FREE_TO_CHANGE]

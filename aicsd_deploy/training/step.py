@@ -136,6 +136,11 @@ class TrainStep:
             self.scaler.load_state_dict(state["scaler"])
         if self.mean is not None:
             self.mean.network.load_state_dict(state["ema"])
+            # Ranges of imitated INT8 stand in no state dict; the copy is told those that the network has got back.
+            ours = dict(self.mean.network.named_buffers())
+            for name, values in self.network.named_buffers():
+                if name not in state["ema"]:
+                    ours[name].copy_(values)
 
     def _over_processes(self, row: Tensor, *, stop: bool) -> Tensor:
         """Return the mean over all processes of loss and terms, and pass the wish to stop on in the same sum."""

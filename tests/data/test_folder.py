@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from helpers import call_script
 from PIL import Image
 
 from aicsd_deploy.data.check import check_dataset, write_overlays
-from aicsd_deploy.data.dataset import CachedDataset
-from aicsd_deploy.data.folder import read_classes
+from aicsd_deploy.data.dataset import CachedDataset, read_image, read_mask
+from aicsd_deploy.data.folder import read_classes, read_stems
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
 
@@ -77,6 +79,16 @@ def test_report_counts_pixels_and_images(folder_data: Path, tmp_path: Path) -> N
     assert report.images_with[3] == len(dataset)
     assert report.sizes_hw == {(48, 64): 4}
     assert "blue" in report.to_text()
+    assert "train id" in report.to_text(), "which the masks' values need not be"
+    names = ("red", "green", "blue", "ignored")
+    assert report.to_dict() == {
+        "data": f"folder:{folder_data}",
+        "split": "val",
+        "images": 4,
+        "sizes_hw": {"48x64": 4},
+        "pixels": {name: (everything == v).sum() for name, v in zip(names, (0, 1, 2, 255), strict=True)},
+        "images_with": dict(zip(names, report.images_with, strict=True)),
+    }
     for path in write_overlays(dataset, tmp_path / "overlays", count=2):
         assert Image.open(path).size == (128, 48)
 
@@ -132,6 +144,29 @@ def break_class_list(root: Path) -> str:
     return "line 1"
 
 
+def break_class_names(root: Path) -> str:
+    (root / "classes.txt").write_text("0 red 200 60 40\n1 red 40 160 60\n2 blue 50 70 190\n")
+    return "2 classes named 'red'"
+
+
+def break_class_colors(root: Path) -> str:
+    (root / "classes.txt").write_text("0 red 200 60 40\n1 green 200 60 40\n2 blue 50 70 190\n")
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(root / "train/labels/007.png")
+    return "classes.txt gives the colour (200, 60, 40) to two classes"
+
+
+def break_one_stem_twice(root: Path) -> str:
+    Image.new("RGB", (64, 48)).save(root / "train/images/003.webp")
+    return "holds both 003.png and 003.webp"
+
+
+def break_jpeg_mask(root: Path) -> str:
+    path = root / "train/labels/003.png"
+    Image.open(path).save(path.with_suffix(".jpg"))
+    path.unlink()
+    return "003.jpg is a JPEG"
+
+
 def break_everything_ignored(root: Path) -> str:
     for path in (root / "train/labels").iterdir():
         save_mask(path, np.full((48, 64), 255, np.uint8))
@@ -150,6 +185,10 @@ def break_everything_ignored(root: Path) -> str:
         break_empty_folder,
         break_no_folder,
         break_class_list,
+        break_class_names,
+        break_class_colors,
+        break_one_stem_twice,
+        break_jpeg_mask,
         break_everything_ignored,
     ],
 )
@@ -164,10 +203,20 @@ def test_bad_data_is_named_before_training(damage: object, folder_data: Path, tm
 
 def test_check_data_prints_and_writes_overlays(folder_data: Path, tmp_path: Path) -> None:
     result = call_script(
-        "train/teacher.py", "--data", f"folder:{folder_data}", "--check-data", "--out", "look", cwd=tmp_path
+        "train/teacher.py",
+        "--data",
+        f"folder:{folder_data}",
+        "--check-data",
+        "--out",
+        "look",
+        "--json",
+        "data.json",
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     assert "12 images" in result.stderr
+    written = json.loads((tmp_path / "data.json").read_text())
+    assert {split: report["images"] for split, report in written.items()} == {"train": 12, "val": 4}
     assert "green" in result.stderr
     assert len(list((tmp_path / "look").glob("*.png"))) == 10
 
@@ -197,3 +246,48 @@ def test_classes_file_is_read_with_names_of_several_words(tmp_path: Path) -> Non
     assert [(c.name, c.color_rgb) for c in classes] == [("road", (1, 2, 3)), ("traffic light", (250, 170, 30))]
     assert values == {0: 0, 1: 1}
     assert colors == {(1, 2, 3): 0, (250, 170, 30): 1}
+
+
+def test_a_mark_at_the_start_of_a_text_file_is_no_part_of_it(folder_data: Path) -> None:
+    for name, text in (("classes.txt", (folder_data / "classes.txt").read_text()), ("val.txt", "002\n")):
+        (folder_data / name).write_text(text, encoding="utf-8-sig")
+    assert [c.name for c in read_classes(folder_data / "classes.txt")[0]] == ["red", "green", "blue"]
+    assert read_stems(folder_data / "val.txt") == ["002"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_pictures_that_their_exif_tag_turns_are_refused(suffix: str, tmp_path: Path) -> None:
+    """Labels may be drawn on the stored or on the shown picture."""
+    path, exif = tmp_path / f"a{suffix}", Image.Exif()
+    for orientation in (1, 6):
+        exif[0x0112] = orientation
+        Image.new("RGB", (6, 4)).save(path, exif=exif)
+        if orientation == 1:
+            assert read_image(path).shape == (4, 6, 3)
+    with pytest.raises(InputError, match=r"turned by its EXIF tag \(orientation 6\)"):
+        read_image(path)
+    if suffix == ".jpg":
+        assert read_image(path, as_stored=True).shape == (4, 6, 3)
+    else:
+        Image.new("L", (6, 4)).save(path, exif=exif)
+        with pytest.raises(InputError, match="turned by its EXIF tag"):
+            read_mask(path)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*"])
+def test_damaged_exif_is_passed_over(exif: bytes, tmp_path: Path) -> None:
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png").shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize("name", ["a.png", "packed.tif", "plain.tif"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colour_of_16_bits_is_refused(name: str, channels: int, tmp_path: Path) -> None:
+    """Pillow would keep the upper half, which is nearly black in pictures of 12 bits."""
+    picture = np.full((4, 6, channels), 4000, np.uint16)
+    how = [cv2.IMWRITE_TIFF_COMPRESSION, 1 if name == "plain.tif" else 5] if name.endswith("tif") else []
+    for dtype, path in ((np.uint8, tmp_path / f"8_{name}"), (np.uint16, tmp_path / name)):
+        cv2.imwrite(str(path), picture.astype(dtype), how)
+    assert read_image(tmp_path / f"8_{name}").shape == (4, 6, 3)
+    with pytest.raises(InputError, match="more than 8 bits a channel"):
+        read_image(tmp_path / name)

@@ -12,7 +12,9 @@ from helpers import COLORS, NETWORK_WITH_BACKBONE, call_script
 from PIL import Image
 from scipy.io import savemat
 
+from aicsd_deploy.data.check import write_overlays
 from aicsd_deploy.data.cityscapes import CITYSCAPES_CLASSES, TRAIN_IDS
+from aicsd_deploy.data.dataset import Subset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.data.voc import VOC_CLASSES
 from aicsd_deploy.errors import InputError
@@ -122,9 +124,23 @@ def test_vocaug_from_sbds_own_release(tmp_path: Path) -> None:
     assert names == [f"2007_{i:06d}" for i in range(4)] + ["2008_000001", "2008_000002"], "VOC's val is held out"
     assert sorted(np.unique(dataset.load(1)[1])) == [1, 15, 255], "VOC's own labels where it has them"
     assert dataset.load(4)[1][:6, 0].tolist() == [0] * 5 + [7]
+    # MATLAB stores column by column, and OpenCV refuses a picture like that.
+    assert len(write_overlays(Subset(dataset, [4]), tmp_path / "look")) == 1
     (tmp_path / "benchmark_RELEASE/dataset/cls/2008_000002.mat").write_bytes(b"no mat")
     with pytest.raises(InputError, match=r"2008_000002\.mat is no label file of SBD"):
         dataset.load(5)
+
+
+def test_vocaug_without_sbds_lists_is_not_plain_voc(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    write_sbd(tmp_path, ["2008_000001", "2008_000002", "2008_000003"])
+    listed = tmp_path / "benchmark_RELEASE/dataset/val.txt"
+    listed.write_text("\n")
+    with pytest.raises(InputError, match=r"val\.txt names no image"):
+        open_dataset(f"vocaug:{tmp_path}", "train")
+    listed.unlink()
+    with pytest.raises(InputError, match=r"val\.txt does not exist"):
+        open_dataset(f"vocaug:{tmp_path}", "train")
 
 
 def test_vocaug_from_the_usual_folder(tmp_path: Path) -> None:
@@ -179,6 +195,36 @@ def test_masks_in_colours_of_the_class_list(folder_data: Path) -> None:
     assert (open_dataset(f"folder:{folder_data}", "train").load(0)[1] == plain).all()
 
 
+@pytest.mark.parametrize("padding", [0, 1, 253])
+def test_palette_masks_with_the_classes_in_another_order(padding: int, folder_data: Path) -> None:
+    """What programs write that reduce a colour mask to a palette: 0 is whatever colour they met first."""
+    plain = open_dataset(f"folder:{folder_data}", "train").load(0)[1]
+    if padding < 253:
+        plain[:2] = 0  # of a palette this short, a PNG has too few bits for 255
+    mask = Image.fromarray(np.where(plain == 255, 255, 2 - plain).astype(np.uint8))
+    mask.putpalette([*COLORS[::-1].ravel().tolist(), *[0, 0, 0] * padding])
+    mask.save(folder_data / "train/labels/000.png")
+    assert (open_dataset(f"folder:{folder_data}", "train").load(0)[1] == plain).all()
+
+
+@pytest.mark.parametrize(
+    "palette",
+    [
+        [*COLORS[::-1].ravel().tolist(), 1, 2, 3, 4, 5, 6],  # has colours of no class
+        COLORS[[2, 1, 2]].ravel().tolist(),  # has one of them twice
+        COLORS[[2, 0]].ravel().tolist(),  # has only some of those in the mask
+        np.arange(256).repeat(3).tolist(),
+        COLORS.ravel().tolist(),
+    ],
+)
+def test_indices_count_where_the_palette_is_not_that_of_the_classes(palette: list[int], folder_data: Path) -> None:
+    before = open_dataset(f"folder:{folder_data}", "train").load(0)[1]
+    mask = Image.fromarray(before)
+    mask.putpalette([*palette, *[0, 0, 0] * (256 - len(palette) // 3)])
+    mask.save(folder_data / "train/labels/000.png")
+    assert (open_dataset(f"folder:{folder_data}", "train").load(0)[1] == before).all()
+
+
 def test_all_images_in_one_folder_with_split_lists(folder_data: Path, tmp_path: Path) -> None:
     for kind in ("images", "labels"):
         shutil.move(folder_data / "train" / kind, folder_data / kind)
@@ -211,5 +257,5 @@ def test_a_set_of_one_channel_is_refused_and_a_single_grey_image_is_not(folder_d
     assert "Every image" in result.stderr
     assert "one channel" in result.stderr
     Image.fromarray(np.full((48, 64), 40000, np.uint16)).save(grey[0])
-    with pytest.raises(InputError, match="16 bits"):
+    with pytest.raises(InputError, match="more than 8 bits"):
         open_dataset(f"folder:{folder_data}", "train").load(0)

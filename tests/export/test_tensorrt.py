@@ -114,6 +114,25 @@ def test_every_student_in_every_precision(exported: dict[str, Path], name: str, 
         assert (tmp_path / "s.plan").stat().st_size < half * weights + 2_500_000
 
 
+def test_int8_with_a_channel_that_is_nearly_dead(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(quantise(small, small.with_name("int8.onnx"), **SYMMETRIC))
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    scale = next(
+        weights[node.input[1]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights and weights[node.input[1]].dims
+    )
+    values = numpy_helper.to_array(scale).copy()
+    values[0] = 1e-12  # 0 in float16, which no scale may be
+    scale.CopyFrom(numpy_helper.from_array(values, scale.name))
+    onnx.save_model(model, tmp_path / "dead.onnx")
+    loose = ["--min-agreement", 0, "--max-miou-drop", 100]
+    result = build(
+        "dead.onnx", "--int8", "-o", "s.plan", "--reference", small.with_name("best.pt"), *loose, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_twice_the_same_engine(small: Path) -> None:
     options = BuildOptions(targets=("sm86", "sm120"))
     assert build_engine(onnx.load(small), "rtx", options).plan == build_engine(onnx.load(small), "rtx", options).plan

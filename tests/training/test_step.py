@@ -12,6 +12,7 @@ from torch import nn
 from aicsd_deploy.config import DistillConfig, MethodConfig
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, LossBreakdown
+from aicsd_deploy.training.fake_quant import imitate_int8
 from aicsd_deploy.training.precision import autocast_dtype, lowered
 from aicsd_deploy.training.step import TrainStep
 
@@ -157,3 +158,21 @@ def test_the_state_of_a_step_survives_a_file(batch: Batch, tmp_path: Any) -> Non
     for a, b in ((whole, resumed), (takers[0].validated_network, takers[1].validated_network)):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     assert takers[0].scaler.state_dict() == takers[1].scaler.state_dict()
+
+
+def test_the_running_mean_gets_its_ranges_of_int8_back(batch: Batch) -> None:
+    takers = []
+    for seed in (0, 5):
+        network = Network(seed)
+        ranges = imitate_int8(network, symmetric=False)
+        takers.append(step_of(network, ema=0.9))
+        for name, low_high in ranges.items():
+            takers[-1].loss.state.register_buffer(name, low_high)
+    for step in range(3):
+        takers[0](batch, step=step, total=9, logs=False)
+    takers[1].network.load_state_dict(takers[0].network.state_dict())
+    takers[1].load_state_dict(takers[0].state_dict())
+    with torch.no_grad():
+        first, second = (taker.validated_network.eval()(batch.images_BCHW) for taker in takers)
+    assert first.std() > 0
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
