@@ -29,6 +29,11 @@ from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, open_source
 from tools.rtsp_server import BITS, BLOCK_PX
 
+READERS = {
+    "ffmpeg": "{}",
+    "gstreamer": "rtspsrc location={} latency=0 protocols=tcp ! rtph264depay ! h264parse ! avdec_h264 ! videoconvert",
+}
+"""`--source` for an address, by what reads it."""
 SERVER = Path(__file__).parents[1] / "tools" / "rtsp_server.py"
 
 
@@ -108,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--port", type=positive_int, default=8554, help="port of the server on 127.0.0.1")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads for the network")
+    parser.add_argument("--through", choices=READERS, default="ffmpeg", help="what reads the stream")
     parser.add_argument("--server-python", default="/usr/bin/python3", help="the Python that has GStreamer's bindings")
     add_json_flag(parser)
     args = parser.parse_args(argv)
@@ -115,22 +121,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with (
             open_backend(args.artifact, threads=args.threads) as backend,
-            open_source(f"rtsp://127.0.0.1:{args.port}/live") as source,
+            open_source(READERS[args.through].format(f"rtsp://127.0.0.1:{args.port}/live")) as source,
         ):
             watcher = Watcher(60 * args.minutes)
             result = process_video(source, backend, watcher, overlay=Overlay(backend.metadata.classes))
     finally:
         server.close()
-    write_result(report(args.fps, server, watcher, result.summary()) | {"environment": environment()}, args.json)
+    write_result(
+        report(args.through, args.fps, server, watcher, result.summary()) | {"environment": environment()}, args.json
+    )
 
 
-def report(fps: int, server: Server, watcher: Watcher, summary: dict[str, Any]) -> dict[str, Any]:
+def report(through: str, fps: int, server: Server, watcher: Watcher, summary: dict[str, Any]) -> dict[str, Any]:
     """Return the figures, and say the ones that matter."""
     ages, memory = np.array(watcher.ages_ms), np.array(watcher.memory_mib)
     infer = summary["latency_ms"]
     limit_ms = 2000 / fps + infer["p50"]
     settled = memory[len(memory) // 5 :]
     found = {
+        "read_through": through,
         "fps_sent": fps,
         "server_kills": server.kills,
         "true_age_ms": {f"p{q}": float(np.percentile(ages, q)) for q in (50, 90, 99)} | {"max": float(ages.max())},

@@ -1,4 +1,4 @@
-"""Score an artefact (.pt, .onnx) on a data set: mIoU, IoU of each class, pixel accuracy, mean class accuracy.
+"""Score an artefact (.pt, .onnx, .plan) on a data set: mIoU, IoU of each class, pixel accuracy, mean class accuracy.
 
     python train/evaluate.py student.onnx --data camvid:/data/CamVid --split val --json scores.json
     python train/evaluate.py teacher.pt --data cityscapes:/data/Cityscapes --native --window 768x768 --scales 0.75,1,1.25 --flip
@@ -54,7 +54,7 @@ def by_protocol(args: argparse.Namespace, backend: Backend) -> Segmenter:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument(
-        "artifact", type=Path, nargs="?", help="a .pt or .onnx file (default: the newest student under runs/)"
+        "artifact", type=Path, nargs="?", help="a .pt, .onnx or .plan file (default: the newest student under runs/)"
     )
     parser.add_argument("--data", metavar="SPEC", help=f"{SPEC_HELP} (default: what the artefact was trained on)")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")

@@ -63,7 +63,7 @@ def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), e
 
     Args:
         model: a float32 graph whose nodes have names; it is not changed.
-        half: "fp16" or "bf16"; bf16 lifts the graph to operator set 22.
+        half: "fp16" or "bf16"; bf16 lifts the graph to operator set 22, fp16 one with Q/DQ pairs to 19.
         keep: names of nodes to leave in float32.
         emulate: keep every tensor in float32 but round it to what `half` can hold. For runtimes without kernels for it.
 

@@ -22,6 +22,8 @@ from aicsd_deploy.video.video_file import FileSource, av, display_matrix, uprigh
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 3.0
 """A stream that is silent for so long counts as lost."""
+NETWORK_SOURCE = re.compile(r"\b(rtsp|rtmp|rtp|udp|tcpclient|srt|souphttp|curlhttp)\w*src\b")
+"""Elements of a GStreamer pipeline that read from a server."""
 
 
 class StreamConnection(Connection):
@@ -92,7 +94,8 @@ class StreamConnection(Connection):
 class GStreamerConnection(StreamConnection):
     """A GStreamer pipeline, run by gst-launch-1.0 and read through a pipe: any build of OpenCV will do.
 
-    Its process ends well at the end of the stream, and with an error when something broke.
+    Its process ends well at the end of the stream, and with an error when something broke; but where the stream comes over a
+    network, a server that is gone looks like an end too.
     """
 
     def __init__(self, pipeline: str) -> None:
@@ -107,6 +110,7 @@ class GStreamerConnection(StreamConnection):
             "! queue leaky=downstream max-size-buffers=1 ! videoconvert ! videoscale ! "
             "video/x-raw,format=YUY2,width=[2,65534,2] ! matroskamux streamable=true ! fdsink fd=1 sync=false"
         )
+        self._from_network = NETWORK_SOURCE.search(pipeline) is not None
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the connection
         self._process = subprocess.Popen(
             ["gst-launch-1.0", "-q", *shlex.split(f"{elements} {tail}")],
@@ -129,7 +133,7 @@ class GStreamerConnection(StreamConnection):
 
     def _reached_end(self, last_s: float) -> bool:
         if self._process.wait(timeout=READ_TIMEOUT_S) == 0:
-            return True
+            return not self._from_network
         raise ConnectionLostError(self._complaint() or "gst-launch-1.0 failed")
 
     def _complaint(self) -> str:

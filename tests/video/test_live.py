@@ -24,7 +24,7 @@ from aicsd_deploy.video.pipeline import _fresh, process_video
 from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, SyntheticSource, open_source
 from aicsd_deploy.video.streams import without_password
-from benchmarks.live_soak import clock_in
+from benchmarks.live_soak import READERS, clock_in
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # has GStreamer's bindings, if there are any
 pytestmark = pytest.mark.usefixtures("no_threads_left")
@@ -338,14 +338,17 @@ def start_server(port: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_an_rtsp_server_that_is_killed_and_started_again() -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_an_rtsp_server_that_is_killed_and_started_again(reader: str) -> None:
     if not has_rtsp_server():
         pytest.skip("needs GStreamer's RTSP server and its bindings; tools/rtsp_server.py says which packages")
+    if reader == "gstreamer" and subprocess.run(["gst-inspect-1.0", "--exists", "avdec_h264"], check=False).returncode:
+        pytest.skip("needs GStreamer's avdec_h264 (on Debian: apt install gstreamer1.0-libav)")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = start_server(port)
     try:
-        with open_source(f"rtsp://127.0.0.1:{port}/live") as source:
+        with open_source(READERS[reader].format(f"rtsp://127.0.0.1:{port}/live")) as source:
             frames = iter(source)
             seen = [next(frames) for _ in range(5)]
             server.kill()
