@@ -88,10 +88,15 @@ class LiveSource(Source):
             now_s = time.perf_counter()
             yield Frame(index, fit(image, self.size_hw), now_s - start_s, now_s)
             index += 1
+            lost = None
             try:
                 image = self._connection.read()
             except ConnectionLostError as error:
-                image = None if self._cancelled.is_set() else self._reconnect(str(error))
+                lost = str(error)
+            if lost is not None:
+                # Not above: what is opened while an exception is handled holds on to it, and so to the connection that it came
+                # from (PyAV keeps the exception it finds in the generator that decodes).
+                image = None if self._cancelled.is_set() else self._reconnect(lost)
             self.skipped += self._connection.skipped
             self._connection.skipped = 0
 

@@ -6,6 +6,7 @@ import http.server
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,26 @@ def test_a_loss_is_survived_and_the_end_is_not_one(capsys: pytest.CaptureFixture
     assert (source.reconnects, source.lost) == (2, False)
     assert all(connection.closed for connection in made)
     assert "cable pulled" in capsys.readouterr().err
+
+
+def test_a_lost_connection_is_let_go_of() -> None:
+    """What is opened while its exception is handled would keep it alive: tens of MiB for each loss."""
+    handled = []
+
+    class Once(Connection):
+        def __init__(self) -> None:
+            handled.append(sys.exc_info()[1])
+            self.left = 2
+
+        def read(self):  # type: ignore[no-untyped-def]
+            self.left -= 1
+            if self.left < 0 and len(handled) < 4:
+                raise ConnectionLostError("gone")
+            return np.zeros((4, 4, 3), np.uint8) if self.left >= 0 else None
+
+    with LiveSource("cam", Once) as source:
+        assert len(list(source)) == 8
+    assert handled == [None] * 4
 
 
 def test_a_source_that_does_not_come_back_is_lost() -> None:
