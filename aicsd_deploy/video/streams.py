@@ -120,7 +120,8 @@ class GStreamerConnection(StreamConnection):
             start_new_session=True,  # Ctrl-C is for us: what is under way is finished first
         )
         assert self._process.stdout is not None
-        too_late = threading.Timer(OPEN_TIMEOUT_S, self._process.kill)  # FFmpeg's own timeout does not hold for pipes
+        # FFmpeg's own time limits do not hold for pipes; neither here nor in `read`.
+        too_late = threading.Timer(OPEN_TIMEOUT_S, self._process.kill)
         too_late.start()
         try:
             super().__init__(f"pipe:{self._process.stdout.fileno()}", name="The pipeline", container_format="matroska")
@@ -130,6 +131,14 @@ class GStreamerConnection(StreamConnection):
         finally:
             too_late.cancel()
             too_late.join()
+
+    def read(self) -> UInt8Array | None:
+        silent = threading.Timer(READ_TIMEOUT_S, self._process.kill)
+        silent.start()
+        try:
+            return super().read()
+        finally:
+            silent.cancel()
 
     def _reached_end(self, last_s: float) -> bool:
         if self._process.wait(timeout=READ_TIMEOUT_S) == 0:

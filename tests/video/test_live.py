@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import _fresh, process_video
 from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.sources import Frame, SyntheticSource, open_source
-from aicsd_deploy.video.streams import without_password
+from aicsd_deploy.video.streams import GStreamerConnection, without_password
 from benchmarks.live_soak import READERS, clock_in
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # has GStreamer's bindings, if there are any
@@ -329,6 +330,18 @@ def test_a_gstreamer_pipeline_of_odd_sizes(size_hw: tuple[int, int]) -> None:
     assert source.size_hw == (height, width // 2 * 2)
     assert len(frames) > 1
     assert min(frame.image_bgr.min() for frame in frames) > 240
+
+
+@has_gstreamer
+def test_a_gstreamer_pipeline_that_falls_silent_is_lost() -> None:
+    connection = GStreamerConnection("videotestsrc is-live=true ! video/x-raw,width=64,height=48")
+    try:
+        assert connection.read() is not None
+        connection._process.send_signal(signal.SIGSTOP)
+        with pytest.raises(ConnectionLostError):
+            within(20, lambda: [connection.read() for _ in range(100)])
+    finally:
+        connection.close()
 
 
 @has_gstreamer
