@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from aicsd_deploy.console import progress
 from aicsd_deploy.runtime.base import Backend, UInt8Array
@@ -32,6 +33,7 @@ class Latency:
         warmup_frames: how many went before.
         noise: what makes the figures less than certain, in words; empty where nothing was seen.
         times_ms: every single time, in order.
+        per_round: how many of them make a round.
     """
 
     p50_ms: float
@@ -46,6 +48,7 @@ class Latency:
     warmup_frames: int
     noise: tuple[str, ...]
     times_ms: tuple[float, ...]
+    per_round: int
 
     @classmethod
     def of(cls, rounds_ms: Sequence[Sequence[float]], *, warmup_frames: int = 0, stable: bool = True) -> Latency:
@@ -63,12 +66,32 @@ class Latency:
             noise.append(f"frames scatter by {100 * jitter / mean:.0f} % of their mean")
         rounded = tuple(round(float(v), 4) for v in times)
         return cls(
-            p50, (low, high), p90, p95, p99, mean, jitter, 1000 / mean, len(times), warmup_frames, tuple(noise), rounded
-        )
+            p50, (low, high), p90, p95, p99, mean, jitter, 1000 / mean, len(times), warmup_frames, tuple(noise), rounded,
+            len(rounds_ms[0]),
+        )  # fmt: skip
+
+    @property
+    def rounds_ms(self) -> list[tuple[float, ...]]:
+        return [self.times_ms[i : i + self.per_round] for i in range(0, len(self.times_ms), self.per_round)]
 
 
 def median_interval(rounds_ms: Sequence[Sequence[float]], *, resamples: int = 2000) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the median.
+    """Return the 95 % confidence interval of the median."""
+    return _interval(_resampled_medians(rounds_ms, resamples))
+
+
+def ratio_interval(
+    rounds_ms: Sequence[Sequence[float]], reference_ms: Sequence[Sequence[float]]
+) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the ratio of two medians, of backends that took turns in the same rounds.
+
+    What changes the machine's speed from round to round changes both, and their ratio hardly.
+    """
+    return _interval(_resampled_medians(rounds_ms) / _resampled_medians(reference_ms))
+
+
+def _resampled_medians(rounds_ms: Sequence[Sequence[float]], resamples: int = 2000) -> npt.NDArray[np.float64]:
+    """Return medians of the rounds drawn anew, by the same draws for every backend with as many rounds.
 
     Neighbouring frames share the machine's mood, so that single times are not independent: whole blocks of consecutive
     rounds, a fifth of the run each, are drawn with replacement (circular block bootstrap, Politis and Romano 1992).
@@ -78,9 +101,13 @@ def median_interval(rounds_ms: Sequence[Sequence[float]], *, resamples: int = 20
     block = max(1, count // 5)
     starts = np.random.default_rng(0).integers(0, count, (resamples, -(-count // block)))
     drawn = ((starts[:, :, None] + np.arange(block)) % count).reshape(resamples, -1)[:, :count]
-    medians = np.median(rounds[drawn].reshape(resamples, -1), axis=1)
+    medians: npt.NDArray[np.float64] = np.median(rounds[drawn].reshape(resamples, -1), axis=1)
+    return medians
+
+
+def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     tail = (100 - CONFIDENCE_PERCENT) / 2
-    low, high = np.percentile(medians, [tail, 100 - tail])
+    low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)
 
 

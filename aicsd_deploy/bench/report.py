@@ -11,7 +11,7 @@ from typing import Any
 from aicsd_deploy.bench.accuracy import score_together
 from aicsd_deploy.bench.environment import environment
 from aicsd_deploy.bench.footprint import count_work, measure_footprint
-from aicsd_deploy.bench.latency import measure_latency, prepare_frames
+from aicsd_deploy.bench.latency import measure_latency, prepare_frames, ratio_interval
 from aicsd_deploy.bench.loadgen import require_loadgen, run_loadgen
 from aicsd_deploy.bench.machine_load import watch_machine
 from aicsd_deploy.bench.peak import measure_peak
@@ -87,6 +87,10 @@ def benchmark(
                 }
                 row |= asdict(latency) | {"stages_ms": stages_ms, "throughput": asdict(throughput)}
                 row["throughput"]["fps_by_batch"] = {str(k): v for k, v in throughput.fps_by_batch.items()}
+                row |= {
+                    "p50_ratio": latency.p50_ms / latencies[reference].p50_ms,
+                    "p50_ratio_interval": ratio_interval(latency.rounds_ms, latencies[reference].rounds_ms),
+                }
                 row |= asdict(work) | asdict(measure_footprint(path, **how))
                 row |= {
                     "compute_share": None if work.gflops is None else work.gflops / seconds / peak.gflops,

@@ -49,11 +49,13 @@ def summary(report: dict[str, Any]) -> Table:
 
 def latency(report: dict[str, Any]) -> Table:
     """How latency is distributed, and frames per second in batches."""
-    headers = ["artefact", "p50, ms", "p90", "p95", "p99", "mean", "jitter", "frames", "fps alone", "best fps (batch)"]
+    headers = ["artefact", "p50, ms", "of the reference's (95 %)", "p90", "p95", "p99", "mean", "jitter", "frames", "fps alone", "best fps (batch)"]  # fmt: skip
     rows = []
     for name, row in zip(names_of(report), report["artifacts"], strict=True):
         alone = row["throughput"]
         times = [number(row[key]) for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms", "mean_ms", "jitter_ms")]
+        low, high = row["p50_ratio_interval"]
+        times.insert(1, f"{row['p50_ratio']:.3f} ({low:.3f}–{high:.3f})")
         best = f"{number(alone['best_fps'], 1)} ({alone['best_batch']})"
         rows.append([name, *times, str(row["frames"]), number(alone["fps_by_batch"]["1"], 1), best])
     return headers, rows

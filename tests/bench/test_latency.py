@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aicsd_deploy.bench import latency as module
-from aicsd_deploy.bench.latency import Latency, measure_latency, median_interval
+from aicsd_deploy.bench.latency import Latency, measure_latency, median_interval, ratio_interval
 from aicsd_deploy.bench.machine_load import MachineLoad, watch_machine
 from aicsd_deploy.metadata import Metadata, SegClass
 from aicsd_deploy.runtime.base import Backend
@@ -96,3 +96,13 @@ def test_a_machine_at_work_is_noticed() -> None:
         "the hypervisor took 20 % of the time",
     ]
     assert MachineLoad(others_cores=0.01, stolen_share=0.0).noise() == []
+
+
+def test_the_ratio_of_two_is_certain_where_the_machine_drifts() -> None:
+    drift = np.linspace(1, 1.5, 20)[:, None]
+    jitter = np.random.default_rng(0).normal(1, 0.002, (20, 5))
+    slow, fast = 10 * drift * jitter, 6 * drift
+    low, high = ratio_interval(fast, slow)
+    assert low < 0.6 < high
+    assert high - low < 0.005
+    assert np.diff(median_interval(slow)) > 1, "while the median itself is not"

@@ -116,6 +116,8 @@ def test_the_json_is_complete(report: dict[str, Any]) -> None:
     for row in report["artifacts"]:
         low, high = row["p50_interval_ms"]
         assert low <= row["p50_ms"] <= high
+        assert row["p50_ratio"] == row["p50_ms"] / report["artifacts"][1]["p50_ms"]
+        assert row["p50_ratio_interval"][0] <= row["p50_ratio"] <= row["p50_ratio_interval"][1]
         assert row["p50_ms"] <= row["p90_ms"] <= row["p95_ms"] <= row["p99_ms"]
         assert len(row["times_ms"]) == row["frames"] == 15
         assert np.median(row["times_ms"]) == pytest.approx(row["p50_ms"], abs=1e-3)
@@ -125,6 +127,7 @@ def test_the_json_is_complete(report: dict[str, Any]) -> None:
         assert row["start_s"] > 0
         assert row["gflops"] > 0
         assert row["compute_share"] > 0
+    assert report["artifacts"][1]["p50_ratio_interval"] == [1, 1], "with itself"
     agreements = [row["agreement"] for row in report["artifacts"]]
     assert agreements[1] == 1.0, "with itself"
     assert 0.5 < agreements[0] < 1.0
