@@ -11,13 +11,11 @@ import tempfile
 import threading
 from collections.abc import Iterator
 
-import numpy as np
-
 from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.live import Connection, ConnectionLostError, LiveSource
 from aicsd_deploy.video.sources import Source
-from aicsd_deploy.video.video_file import FileSource, av, display_matrix, upright
+from aicsd_deploy.video.video_file import FileSource, ToBgr, av, display_matrix, upright
 
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 3.0
@@ -71,7 +69,7 @@ class StreamConnection(Connection):
         gc.collect()  # PyAV's containers and streams refer to each other; a lost connection's decoder is large
 
     def _decode(self) -> Iterator[UInt8Array]:
-        last_s = 0.0
+        last_s, to_bgr = 0.0, ToBgr()
         for packet in self._container.demux(self._stream):
             if packet.size == 0:  # the end of a demuxer that was cut off reads like the end of the stream
                 break
@@ -82,8 +80,7 @@ class StreamConnection(Connection):
                 continue
             for frame in frames:
                 last_s = float(frame.time or 0.0)
-                image = np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8)
-                yield upright(image, display_matrix(frame))
+                yield upright(to_bgr(frame), display_matrix(frame))
         if not self._reached_end(last_s):
             raise ConnectionLostError("the server closed the connection")
 

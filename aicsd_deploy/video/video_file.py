@@ -18,6 +18,7 @@ from aicsd_deploy.video.timestamps import Timeline
 try:
     import av as av  # the sink takes it from here, so that one place explains its absence
     from av.stream import Disposition
+    from av.video import reformatter as reformatter
 except ImportError as missing:
     raise MissingDependencyError(
         "The package av (PyAV), which reads and writes videos, is not installed. Run: pip install 'aicsd-deploy[video]'"
@@ -68,6 +69,7 @@ class FileSource(Source):
             self.fps = sane_fps(self._stream.average_rate or self._stream.guessed_rate)
             self.time_base = self._stream.time_base or CLOCK
             self.frame_count = self._stream.frames or None
+            self._to_bgr = ToBgr()
             self._first_dts: int | None = None
             self._decoded = self._decode()
             # Only a frame shows that the file can be decoded and which way up it is; it is kept and given out first.
@@ -115,8 +117,7 @@ class FileSource(Source):
                 decoded = []
             for frame in decoded:
                 time_s = timeline.place(self._stamp_s(frame))
-                image = np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8)
-                yield upright(image, display_matrix(frame)), max(0.0, float(time_s))
+                yield upright(self._to_bgr(frame), display_matrix(frame)), max(0.0, float(time_s))
             if packet is None:
                 return
 
@@ -132,6 +133,16 @@ class FileSource(Source):
 
     def _contents(self) -> str:
         return ", ".join(sorted({s.type for s in self._container.streams} - {"video"})) or "no moving pictures"
+
+
+class ToBgr:
+    """Turns decoded frames into arrays, uint8 (H, W, 3), with one converter: a frame's own makes threads for each frame."""
+
+    def __init__(self) -> None:
+        self._converter = reformatter.VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> UInt8Array:
+        return np.asarray(self._converter.reformat(frame, format="bgr24", threads=1).to_ndarray(), dtype=np.uint8)
 
 
 def open_container(path: Path | str) -> InputContainer:

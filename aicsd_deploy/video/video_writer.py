@@ -16,7 +16,7 @@ from aicsd_deploy.files import atomic_path, make_readable
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink
 from aicsd_deploy.video.sources import Frame, Source
-from aicsd_deploy.video.video_file import av, open_container, timeline_of
+from aicsd_deploy.video.video_file import av, open_container, reformatter, timeline_of
 
 if TYPE_CHECKING:
     from av import Packet
@@ -54,6 +54,9 @@ class Mp4Sink(Sink):
         self._audio: AudioCopy | None = None
         self._options = {"crf": str(crf), "preset": preset}
         self._container: OutputContainer | None = None
+        self._converter = (
+            reformatter.VideoReformatter()
+        )  # one for all frames: a frame's own makes threads for each frame
         self._last_pts = -1
 
     def open(self, source: Source) -> Self:
@@ -107,7 +110,13 @@ class Mp4Sink(Sink):
     def write(self, frame: Frame) -> bool:
         assert self._container is not None
         picture = av.VideoFrame.from_numpy_buffer(pad_to_even(frame.image_bgr), format="bgr24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        picture = self._converter.reformat(
+            picture,
+            format="yuv420p",
+            dst_colorspace=reformatter.Colorspace.ITU709,
+            dst_color_range=reformatter.ColorRange.MPEG,
+            threads=1,
+        )
         # Damaged files repeat time stamps or go back, which no container takes.
         self._last_pts = picture.pts = max(round(frame.time_s / self._time_base), self._last_pts + 1)
         picture.time_base = self._time_base

@@ -198,3 +198,15 @@ def test_a_real_video_gives_the_frames_that_opencv_sees(name: str) -> None:
             np.testing.assert_allclose(frame.image_bgr, reference.read()[1], atol=8)
             assert frame.time_s == pytest.approx(frame.index / 25)
     reference.release()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+def test_frames_bring_no_threads_of_their_own(tmp_path: Path) -> None:
+    path = encode(tmp_path / "in.mp4", grey_frames(30))
+    with open_source(str(path)) as source:
+        frames = iter(source)
+        kept = [next(frames)]
+        before = len(list(Path("/proc/self/task").iterdir()))
+        kept += frames
+        assert len(list(Path("/proc/self/task").iterdir())) < before + 5
+    assert len(kept) == 30
