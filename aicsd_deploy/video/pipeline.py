@@ -25,6 +25,10 @@ from aicsd_deploy.video.smooth import LabelSmoother
 from aicsd_deploy.video.sources import Frame, Source
 
 
+LATE = 1.25
+"""A live frame is waited for up to this many frame times after the one before it came."""
+
+
 @dataclass(frozen=True)
 class VideoResult:
     """What came of a run.
@@ -222,7 +226,7 @@ def _fresh(lane: Lane, fps: Fraction) -> Iterator[Frame]:
     for frame in lane:
         waited_s = time.perf_counter() - frame.arrived_s
         if frame_time_s / 2 < waited_s < frame_time_s:
-            yield lane.newer(frame, within_s=frame_time_s - waited_s)
+            yield lane.newer(frame, within_s=LATE * frame_time_s - waited_s)
         else:
             yield frame
 
