@@ -24,7 +24,6 @@ from aicsd_deploy.video.sinks import Sink
 from aicsd_deploy.video.smooth import LabelSmoother
 from aicsd_deploy.video.sources import Frame, Source
 
-
 LATE = 1.25
 """A live frame is waited for up to this many frame times after the one before it came."""
 
