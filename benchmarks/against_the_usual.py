@@ -1,6 +1,6 @@
 """What a user would write instead, timed side by side with this toolkit, host to host: uint8 frame in, uint8 labels out.
 
-    python benchmarks/against_the_usual.py student.pt student.onnx student.int8.onnx --data camvid:/data/CamVid
+    python benchmarks/against_the_usual.py student.pt student.onnx student.int8.onnx student.openvino.int8.onnx --data camvid:/data/CamVid
 
 The usual pipeline: normalise in float and turn to NCHW with numpy, run the network with its upsampling, take the float logits
 back, argmax with numpy. All contenders take turns in one run, and must label the frames as the checkpoint does.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aicsd_deploy.bench.environment import environment
-from aicsd_deploy.bench.latency import measure_latency, prepare_frames
+from aicsd_deploy.bench.latency import measure_latency, prepare_frames, ratio_interval
 from aicsd_deploy.bench.machine_load import watch_machine
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.cli import Parser, add_json_flag, positive_int, run, write_result
@@ -76,18 +76,30 @@ def bare_session(path: Path) -> Callable[[Any], Any]:
     return lambda array: session.run(None, {name: array})[0]
 
 
-def openvino(path: Path) -> Callable[[Any], Any]:
-    """Return OpenVINO's run of an ONNX file."""
+def bare_openvino(path: Path, **settings: str) -> Callable[[Any], Any]:
+    """Return nothing but an OpenVINO request's `infer`; without settings a CPU with bfloat16 computes float layers in it."""
     import openvino
 
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"} | settings)
     request = compiled.create_infer_request()
     return lambda array: request.infer([array], share_inputs=True)[0]
 
 
-def contenders(checkpoint_path: Path, onnx: Path, int8: Path, folder: Path) -> list[Backend]:
+OURS = ("this toolkit, float32", "this toolkit, INT8", "this toolkit, INT8 in OpenVINO")
+BARE = ("bare ONNX Runtime session, float32", "bare ONNX Runtime session, INT8", "bare OpenVINO request, INT8")
+USUAL = "usual pipeline, ONNX Runtime"
+COMPARISONS = (
+    *zip(OURS, BARE, strict=True),
+    (OURS[0], OURS[1]),
+    (OURS[0], OURS[2]),
+    *((USUAL, name) for name in OURS),
+)
+"""Pairs whose ratio of times is reported: the backend over its bare runtime, float32 over INT8, the usual pipeline over ours."""
+
+
+def contenders(checkpoint_path: Path, onnx: Path, int8: Path, openvino: Path, folder: Path) -> list[Backend]:
     """Build all of them, ours first."""
-    ours = [open_backend(path, device="cpu") for path in (onnx, int8)]
+    ours = [open_backend(path, device="cpu") for path in (onnx, int8, openvino)]
     metadata = ours[0].metadata
     network = Upsampled(load_checkpoint(checkpoint_path).build()).eval()
     example = torch.zeros(1, 3, *metadata.image_size_hw)
@@ -103,16 +115,18 @@ def contenders(checkpoint_path: Path, onnx: Path, int8: Path, folder: Path) -> l
 
         return logits_of
 
-    ours[0].name, ours[1].name = "this toolkit, float32", "this toolkit, INT8"
+    for backend, name in zip(ours, OURS, strict=True):
+        backend.name = name
     return [
         *ours,
-        Contender("bare ONNX Runtime session, float32", metadata, bare_session(onnx)),
-        Contender("bare ONNX Runtime session, INT8", metadata, bare_session(int8)),
-        Contender("usual pipeline, ONNX Runtime", metadata, usual(metadata, bare_session(folder / "usual.onnx"))),
+        Contender(BARE[0], metadata, bare_session(onnx)),
+        Contender(BARE[1], metadata, bare_session(int8)),
+        Contender(BARE[2], metadata, bare_openvino(openvino, INFERENCE_PRECISION_HINT="f32")),
+        Contender(USUAL, metadata, usual(metadata, bare_session(folder / "usual.onnx"))),
         Contender("usual pipeline, torch eager", metadata, usual(metadata, in_torch(network))),
         Contender("usual pipeline, torch compiled", metadata, usual(metadata, in_torch(compiled))),
-        Contender("OpenVINO, float32", metadata, openvino(onnx)),
-        Contender("OpenVINO, INT8", metadata, openvino(int8)),
+        Contender("OpenVINO, float32", metadata, bare_openvino(onnx, INFERENCE_PRECISION_HINT="f32")),
+        Contender("OpenVINO, as it comes", metadata, bare_openvino(onnx)),
     ]
 
 
@@ -121,12 +135,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="the checkpoint")
     parser.add_argument("onnx", type=Path, help="its float32 file, exported with channels bgr")
     parser.add_argument("int8", type=Path, help="its INT8 file")
+    parser.add_argument("openvino", type=Path, help="its INT8 file made with --target openvino")
     parser.add_argument("--data", metavar="SPEC", help=f"{SPEC_HELP} (default: what it was trained on)")
     parser.add_argument("--rounds", type=positive_int, metavar="N", default=20, help="rounds of timing, 5 frames each")
     add_json_flag(parser)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        found = contenders(args.checkpoint, args.onnx, args.int8, Path(folder))
+        found = contenders(args.checkpoint, args.onnx, args.int8, args.openvino, Path(folder))
         frames = frames_for_comparison(open_dataset(args.data or found[0].metadata.data, "val"), count=8)
         prepared = prepare_frames(found[0], frames)
         expected = [found[0].infer(frame) for frame in prepared]
@@ -139,10 +154,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         for c, x, a in zip(found, latencies, agreement, strict=True)
     ]  # fmt: skip
     say(table(["", "p50, ms", "95 % interval", "of this toolkit's float32", "labels as it, %"], rows))
+    by_name = {c.name: x for c, x in zip(found, latencies, strict=True)}
+    ratios = {
+        f"{over} / {under}": (
+            by_name[over].p50_ms / by_name[under].p50_ms,
+            *ratio_interval(by_name[over].rounds_ms, by_name[under].rounds_ms),
+        )
+        for over, under in COMPARISONS
+    }
+    say(table(["", "ratio of p50", "95 % interval"], [[n, f"{r:.3f}", f"{lo:.3f}–{hi:.3f}"] for n, (r, lo, hi) in ratios.items()]))  # fmt: skip
     for line in load.noise():
         say(f"noisy: {line}")
     result = {
         "contenders": [{"name": c.name, "agreement": a, **asdict(x)} for c, x, a in zip(found, latencies, agreement, strict=True)],
+        "ratios": ratios,
         "machine_load": asdict(load),
         "environment": environment(),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The deployed graph rewritten for INT8 on a CPU: the first convolution reads the pixels, the end works channels-last.
+"""The deployed graph rewritten for INT8 on a CPU: the first convolution reads the pixels, the end works as is quickest there.
 
 A float normalisation before a quantised network costs more than several of its layers: 0.5 million multiplications and
 additions, then a rounding back to eight bits. Pixels are eight-bit numbers already, so the normalisation and the channel
@@ -94,6 +94,25 @@ def end_channels_last(model: onnx.ModelProto) -> None:
     # The shapes that the exporter noted are those of the channels-first form.
     for value in [v for v in graph.value_info if v.name == resize.output[0]]:
         graph.value_info.remove(value)
+
+
+def end_in_a_row(model: onnx.ModelProto) -> None:
+    """Let the argmax work on (N, C, H * W), in place: OpenVINO then keeps the scores of a class together, and is ten times quicker.
+
+    A graph whose end looks otherwise, or whose frames may have any size, is left as it is.
+    """
+    graph = model.graph
+    argmax = next((node for node in graph.node if node.op_type == "ArgMax"), None)
+    labels_NHW = [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim]
+    if argmax is None or len(labels_NHW) != 3 or 0 in labels_NHW:
+        return
+    rows, result = "aicsd_scores_in_a_row", argmax.output[0]
+    graph.initializer.append(numpy_helper.from_array(np.array([0, 0, -1]), f"{rows}_shape"))
+    graph.initializer.append(numpy_helper.from_array(np.array(labels_NHW), "aicsd_labels_shape"))
+    place = list(graph.node).index(argmax)
+    graph.node.insert(place, helper.make_node("Reshape", [argmax.input[0], f"{rows}_shape"], [rows]))
+    graph.node.insert(place + 2, helper.make_node("Reshape", ["aicsd_labels_in_a_row", "aicsd_labels_shape"], [result]))
+    argmax.input[0], argmax.output[0] = rows, "aicsd_labels_in_a_row"
 
 
 def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:

@@ -22,15 +22,17 @@ from aicsd_deploy.export.cpu_graph import (
     PIXEL_ZERO,
     PIXELS,
     end_channels_last,
+    end_in_a_row,
     fold_preprocessing,
     read_pixels_directly,
 )
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.runtime.frames import as_input
+from aicsd_deploy.runtime.openvino_backend import import_openvino
 
-Target = Literal["cpu", "tensorrt", "both"]
-TARGETS: tuple[Target, ...] = ("cpu", "tensorrt", "both")
+Target = Literal["cpu", "openvino", "tensorrt", "both"]
+TARGETS: tuple[Target, ...] = ("cpu", "openvino", "tensorrt", "both")
 METHODS = {
     "minmax": CalibrationMethod.MinMax,
     "entropy": CalibrationMethod.Entropy,
@@ -81,6 +83,7 @@ _PIXEL_RANGE = {
 }
 RECIPES: dict[Target, Recipe] = {
     "cpu": Recipe(_CHAINS, QuantType.QUInt8, {"TensorQuantOverrides": _PIXEL_RANGE}, on_pixels=True),
+    "openvino": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC, on_pixels=False),
     "tensorrt": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC, on_pixels=False),
     "both": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC, on_pixels=False),
 }
@@ -103,9 +106,12 @@ class Quantizer:
 
         Raises:
             InputError: the file is quantised already, or cannot be quantised for this target.
+            MissingDependencyError: ONNX Runtime is too old, or OpenVINO is the target and not installed.
         """
         if "calibration_cache_path" not in inspect.signature(quantize_static).parameters:
             raise MissingDependencyError("INT8 needs ONNX Runtime 1.32 or newer: pip install -U onnxruntime")
+        if target == "openvino":
+            import_openvino()  # the proof needs it: say so before anything takes time
         self.target, self._recipe = target, RECIPES[target]
         model = onnx.load(source)
         self.metadata = _metadata(model, source)
@@ -115,6 +121,8 @@ class Quantizer:
         if self._recipe.on_pixels:
             fold_preprocessing(model, self.metadata)
             end_channels_last(model)
+        if target == "openvino":
+            end_in_a_row(model)
         self.layers = [node.name for node in model.graph.node if node.op_type == "Conv"]
         self._scratch = tempfile.TemporaryDirectory(prefix="aicsd.int8.")
         self._source = Path(self._scratch.name) / "float.onnx"

@@ -22,6 +22,8 @@ UInt8Array = npt.NDArray[np.uint8]
 SUFFIXES = (".pt", ".onnx", ".plan")
 STAGES = ("host_to_device", "preprocessing", "network", "postprocessing", "device_to_host")
 """What a frame goes through, in order; see `Backend.time_stages`."""
+_OPENVINO_MARK = b'"int8_target": "openvino"'
+"""Stands as it is in an ONNX file whose metadata say so, and can be found there before a runtime is chosen to read them."""
 
 
 class Backend(ABC):
@@ -110,6 +112,10 @@ def open_backend(
         raise InputError(f"{path} is not an artefact this toolkit runs. It takes {', '.join(SUFFIXES)} files.")
     existing_file(path, "The artefact")
     # Each runtime is imported only when a file asks for it, so that a device needs only the one it uses.
+    if path.suffix.lower() == ".onnx" and _OPENVINO_MARK in path.read_bytes():
+        from aicsd_deploy.runtime.openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(path, device=device, threads=threads)
     if path.suffix.lower() == ".onnx":
         from aicsd_deploy.runtime.ort_backend import OrtBackend
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from aicsd_deploy.runtime.base import UInt8Array
 
-_HEAVY = ("Conv", "MatMul", "Gemm")
+_HEAVY = re.compile("Conv(?!ert)|MatMul|Gemm|FullyConnected")
 """Operators with one of these in their name are the network; what runs before or after all of them is not."""
 _COPIES = {"MemcpyFromHost": "host_to_device", "MemcpyToHost": "device_to_host"}
 
@@ -54,7 +55,7 @@ def profile(
 
 def stages(operators: Sequence[Any]) -> dict[str, float]:
     """Add one run's operators up to the stages of `Backend.time_stages`, in milliseconds."""
-    heavy = [i for i, (kind, _, _) in enumerate(operators) if any(word in kind for word in _HEAVY)]
+    heavy = [i for i, (kind, _, _) in enumerate(operators) if _HEAVY.search(kind)]
     if not heavy:
         return {}
     times: dict[str, float] = {"preprocessing": 0.0, "network": 0.0, "postprocessing": 0.0}
