@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import IGNORE_LABEL
 from aicsd_deploy.runtime.base import UInt8Array
 
@@ -37,17 +38,25 @@ class ConfusionMatrix:
         self.images += 1
 
     def scores(self, class_names: list[str]) -> Scores:
-        """Work the scores out; a class that is neither in the labels nor predicted has none and counts in no mean."""
+        """Work the scores out; a class that is neither in the labels nor predicted has none and counts in no mean.
+
+        Raises:
+            InputError: no pixel has a label.
+        """
+        if not self.counts.any():
+            raise InputError(
+                f"No pixel of the {self.images} images has a label, so nothing can be scored. Give images that have labels "
+                "(--data, --split, --labels)."
+            )
         hits = np.diag(self.counts).astype(np.float64)
         truth, predicted = self.counts.sum(axis=1), self.counts.sum(axis=0)
         with np.errstate(invalid="ignore"):
             iou = hits / (truth + predicted - hits)
             accuracy = hits / truth
-        total = max(int(self.counts.sum()), 1)
         return Scores(
             miou=_mean(iou),
             per_class_iou={n: None if np.isnan(v) else float(v) for n, v in zip(class_names, iou, strict=True)},
-            pixel_accuracy=float(hits.sum() / total),
+            pixel_accuracy=float(hits.sum() / self.counts.sum()),
             mean_class_accuracy=_mean(accuracy),
             images=self.images,
         )
@@ -83,5 +92,4 @@ class Scores:
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else 0.0
+    return float(values[~np.isnan(values)].mean())

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "source": source.name,
             "output": sink.name,
             "smooth": args.smooth,
-            "scores": scorer.result() if scorer else None,
+            "scores": scorer.result() if scorer and result.frames_out else None,
         }
     report(result, named, args.json)
     if result.ended == "lost":
