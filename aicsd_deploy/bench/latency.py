@@ -18,6 +18,10 @@ STABLE = 0.05
 WARMUP_WINDOW, WARMUP_MAX = 5, 60
 NOISY_INTERVAL, NOISY_JITTER = 0.05, 0.25
 CONFIDENCE_PERCENT = 95
+NORMAL = 1.960
+STUDENT_T = {1: NORMAL, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""97.5 % quantiles of the normal distribution and of Student's t, by the number of blocks; one block shows no scatter."""
+BLOCKS = 5
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Latency:
         p50, p90, p95, p99 = (float(v) for v in np.percentile(times, [50, 90, 95, 99]))
         low, high = median_interval(rounds_ms)
         mean, jitter = float(times.mean()), float(times.std())
-        noise = []
+        noise = [] if len(rounds_ms) > 1 else ["one round of timing has no confidence interval"]
         if not stable:
             noise.append(f"still changing by more than {100 * STABLE:.0f} % after {warmup_frames} warm-up frames")
         if (high - low) / 2 > NOISY_INTERVAL * p50:
@@ -77,7 +81,7 @@ class Latency:
 
 def median_interval(rounds_ms: Sequence[Sequence[float]], *, resamples: int = 2000) -> tuple[float, float]:
     """Return the 95 % confidence interval of the median."""
-    return _interval(_resampled_medians(rounds_ms, resamples))
+    return _interval(float(np.median(np.asarray(rounds_ms))), _resampled_medians(rounds_ms, resamples), len(rounds_ms))
 
 
 def ratio_interval(
@@ -87,7 +91,8 @@ def ratio_interval(
 
     What changes the machine's speed from round to round changes both, and their ratio hardly.
     """
-    return _interval(_resampled_medians(rounds_ms) / _resampled_medians(reference_ms))
+    ratio = float(np.median(np.asarray(rounds_ms)) / np.median(np.asarray(reference_ms)))
+    return _interval(ratio, _resampled_medians(rounds_ms) / _resampled_medians(reference_ms), len(rounds_ms))
 
 
 def _resampled_medians(rounds_ms: Sequence[Sequence[float]], resamples: int = 2000) -> npt.NDArray[np.float64]:
@@ -98,17 +103,23 @@ def _resampled_medians(rounds_ms: Sequence[Sequence[float]], resamples: int = 20
     """
     rounds = np.asarray(rounds_ms)
     count = len(rounds)
-    block = max(1, count // 5)
+    block = max(1, count // BLOCKS)
     starts = np.random.default_rng(0).integers(0, count, (resamples, -(-count // block)))
     drawn = ((starts[:, :, None] + np.arange(block)) % count).reshape(resamples, -1)[:, :count]
     medians: npt.NDArray[np.float64] = np.median(rounds[drawn].reshape(resamples, -1), axis=1)
     return medians
 
 
-def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+def _interval(median: float, resampled: npt.NDArray[np.float64], rounds: int) -> tuple[float, float]:
+    """Return the interval around a median, from medians of resampled rounds.
+
+    What so few blocks show of the scatter is too little: percentiles alone held the true median in 76 to 86 % of simulated
+    runs of 20 rounds. So their distances are stretched as Student's t stretches the normal distribution.
+    """
     tail = (100 - CONFIDENCE_PERCENT) / 2
-    low, high = np.percentile(values, [tail, 100 - tail])
-    return float(low), float(high)
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    stretch = STUDENT_T[min(rounds, BLOCKS)] / NORMAL
+    return median - stretch * (median - float(low)), median + stretch * (float(high) - median)
 
 
 def measure_latency(
