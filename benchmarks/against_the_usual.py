@@ -67,19 +67,23 @@ def usual(metadata: Metadata, logits_of: Callable[[Any], Any]) -> Callable[[UInt
     return label
 
 
-def bare_session(path: Path) -> Callable[[Any], Any]:
+def bare_session(path: Path, threads: int | None) -> Callable[[Any], Any]:
     """Return nothing but an ONNX Runtime session's `run`."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0 lets it choose
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda array: session.run(None, {name: array})[0]
 
 
-def bare_openvino(path: Path, **settings: str) -> Callable[[Any], Any]:
+def bare_openvino(path: Path, threads: int | None, **settings: str | int) -> Callable[[Any], Any]:
     """Return nothing but an OpenVINO request's `infer`; without settings a CPU with bfloat16 computes float layers in it."""
     import openvino
 
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"} | settings)
     request = compiled.create_infer_request()
     return lambda array: request.infer([array], share_inputs=True)[0]
@@ -97,9 +101,13 @@ COMPARISONS = (
 """Pairs whose ratio of times is reported: the backend over its bare runtime, float32 over INT8, the usual pipeline over ours."""
 
 
-def contenders(checkpoint_path: Path, onnx: Path, int8: Path, openvino: Path, folder: Path) -> list[Backend]:
+def contenders(
+    checkpoint_path: Path, onnx: Path, int8: Path, openvino: Path, folder: Path, threads: int | None
+) -> list[Backend]:
     """Build all of them, ours first."""
-    ours = [open_backend(path, device="cpu") for path in (onnx, int8, openvino)]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    ours = [open_backend(path, device="cpu", threads=threads) for path in (onnx, int8, openvino)]
     metadata = ours[0].metadata
     network = Upsampled(load_checkpoint(checkpoint_path).build()).eval()
     example = torch.zeros(1, 3, *metadata.image_size_hw)
@@ -119,14 +127,14 @@ def contenders(checkpoint_path: Path, onnx: Path, int8: Path, openvino: Path, fo
         backend.name = name
     return [
         *ours,
-        Contender(BARE[0], metadata, bare_session(onnx)),
-        Contender(BARE[1], metadata, bare_session(int8)),
-        Contender(BARE[2], metadata, bare_openvino(openvino, INFERENCE_PRECISION_HINT="f32")),
-        Contender(USUAL, metadata, usual(metadata, bare_session(folder / "usual.onnx"))),
+        Contender(BARE[0], metadata, bare_session(onnx, threads)),
+        Contender(BARE[1], metadata, bare_session(int8, threads)),
+        Contender(BARE[2], metadata, bare_openvino(openvino, threads, INFERENCE_PRECISION_HINT="f32")),
+        Contender(USUAL, metadata, usual(metadata, bare_session(folder / "usual.onnx", threads))),
         Contender("usual pipeline, torch eager", metadata, usual(metadata, in_torch(network))),
         Contender("usual pipeline, torch compiled", metadata, usual(metadata, in_torch(compiled))),
-        Contender("OpenVINO, float32", metadata, bare_openvino(onnx, INFERENCE_PRECISION_HINT="f32")),
-        Contender("OpenVINO, as it comes", metadata, bare_openvino(onnx)),
+        Contender("OpenVINO, float32", metadata, bare_openvino(onnx, threads, INFERENCE_PRECISION_HINT="f32")),
+        Contender("OpenVINO, as it comes", metadata, bare_openvino(onnx, threads)),
     ]
 
 
@@ -138,10 +146,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("openvino", type=Path, help="its INT8 file made with --target openvino")
     parser.add_argument("--data", metavar="SPEC", help=f"{SPEC_HELP} (default: what it was trained on)")
     parser.add_argument("--rounds", type=positive_int, metavar="N", default=20, help="rounds of timing, 5 frames each")
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="CPU threads of every runtime (default: as each chooses)"
+    )
     add_json_flag(parser)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        found = contenders(args.checkpoint, args.onnx, args.int8, args.openvino, Path(folder))
+        found = contenders(args.checkpoint, args.onnx, args.int8, args.openvino, Path(folder), args.threads)
         frames = frames_for_comparison(open_dataset(args.data or found[0].metadata.data, "val"), count=8)
         prepared = prepare_frames(found[0], frames)
         expected = [found[0].infer(frame) for frame in prepared]
