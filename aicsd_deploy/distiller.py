@@ -190,7 +190,7 @@ class Distiller:
         labels = labels_at(labels_BHW, (size[0], size[1]))
         valid = labels != IGNORE_LABEL if settings.mask_ignored else torch.ones_like(labels, dtype=torch.bool)
         if settings.teacher_errors == "mask":
-            valid = valid & (teacher.argmax(dim=1) == labels)
+            valid = valid & ((teacher.argmax(dim=1) == labels) | (labels == IGNORE_LABEL))
         if settings.teacher_confidence > 0:
             valid = valid & (torch.softmax(teacher.float(), dim=1).amax(dim=1) >= settings.teacher_confidence)
         weight = probability_of_labels(teacher, labels) if settings.teacher_errors == "weigh" else None
@@ -225,8 +225,10 @@ class Distiller:
             return {n: fixed[n] if n in fixed else OWN_LAMBDA[n] if own is None else own for n in self.names}
         sums = dict(self.state.named_buffers())
         if step < BALANCE_STEPS:
-            for name, term in terms.items():
-                norm = sum_over_processes(_gradient_norm(term, anchor))  # the same weights in every process
+            norms = torch.stack([_gradient_norm(term, anchor) for term in terms.values()])
+            norms = sum_over_processes(norms)  # the same weights in every process
+            norms = torch.where(torch.isfinite(norms).all(), norms, 0.0)  # a broken step tells nothing
+            for name, norm in zip(terms, norms, strict=True):
                 sums[f"gradient_{name}"] += norm
             self._balanced = None
         if self._balanced is None:

@@ -216,6 +216,7 @@ class Trainer:
     def _validate(self) -> None:
         at, epoch = self._at, self._at.step // self._per_epoch
         network = self._step.validated_network
+        distributed.share_buffers(network)
         backend = TorchBackend(network, self.metadata, device=self.device)
         with self.stop.released():
             matrix = evaluate_together(backend, self.val_data, title="validating")

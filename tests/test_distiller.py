@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,17 @@ def test_balance_gives_each_term_the_wanted_share_of_the_gradient(method: str, b
     assert later.weights == resumed(batch, step=BALANCE_STEPS, total_steps=100).weights
 
 
+def test_a_broken_step_leaves_the_balance_alone(batch: Batch) -> None:
+    student, teacher = Network(0), Network(1)
+    loss = distiller(student, teacher, "kd", balance=0.5)
+    good = copy.deepcopy(teacher.state_dict())
+    next(teacher.parameters()).data.fill_(float("nan"))
+    loss(batch, step=0, total_steps=100)
+    teacher.load_state_dict(good)
+    norms = loss(batch, step=1, total_steps=100).gradient_norms()
+    assert norms["kd"] == pytest.approx(0.5 * norms["ce"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "ce", "term"),
     [
@@ -192,6 +204,8 @@ def test_options_choose_which_pixels_and_classes_count(batch: Batch) -> None:
 
     torch.testing.assert_close(kd(mask_ignored=False), pixel_kd_loss(s, t))
     torch.testing.assert_close(kd(teacher_errors="mask"), pixel_kd_loss(s, t, valid=t.argmax(1) == small))
+    unlabelled_too = (t.argmax(1) == small) | ~labelled
+    torch.testing.assert_close(kd(teacher_errors="mask", mask_ignored=False), pixel_kd_loss(s, t, valid=unlabelled_too))
     right = t.softmax(1).gather(1, small.clamp(max=2).unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(kd(teacher_errors="weigh"), pixel_kd_loss(s, t, valid=labelled, weight=right))
     everywhere = right.masked_fill(~labelled, 1)

@@ -88,6 +88,13 @@ def parallel(module: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
+def share_buffers(network: nn.Module) -> None:
+    """Give every process the main one's statistics of batch normalisation, which it saves; each has those of its own batches."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def gradients_held_back(module: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which backward passes are not yet shared, for all but the last part of an accumulated step."""
     if isinstance(module, DistributedDataParallel):

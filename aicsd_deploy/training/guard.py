@@ -62,7 +62,7 @@ class StepGuard:
         if not scaled:
             broken = broken | overflown
         running = torch.where(torch.isfinite(self._mean), MEMORY * self._mean + (1 - MEMORY) * ce, ce)
-        self._mean = torch.where(broken, self._mean, running)
+        self._mean = torch.where(broken | (ce == 0), self._mean, running)  # it is 0 where nothing is labelled
         self._seen.append((step, names, torch.cat([broken.float().view(1), row])))
         skip = broken | overflown
         for buffer, saved in zip(self._buffers, self._saved, strict=True):

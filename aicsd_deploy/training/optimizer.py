@@ -37,7 +37,11 @@ def build_optimizer(network: nn.Module, config: TrainConfig, *, besides: nn.Modu
             )
     used: Iterable[dict[str, Any]] = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(used, momentum=0.9, fused=True)
+        sgd = torch.optim.SGD(used, momentum=0.9, fused=True)
+        for parameter in trained:
+            # Left to the first step, which may be a broken one, the kernel would take whatever the memory holds.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(used, fused=True)
 
 

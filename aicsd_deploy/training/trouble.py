@@ -41,12 +41,16 @@ class BrokenSteps:
         for broken in found:
             self._in_a_row = self._in_a_row + 1 if broken.step == self._latest + 1 else 1
             self._latest = broken.step
-            path = self._out / f"broken-step-{broken.step:08d}.pt"
+            first = broken.step - self._in_a_row + 1
+            path = self._out / f"broken-step-{first:08d}.pt"
             if log is not None and self._in_a_row == 1:
                 self._keep_batch(broken, path)
             if not self._skips or self._in_a_row >= MOST_IN_A_ROW:
+                whose = (
+                    "Its batch" if self._in_a_row == 1 else f"The batch of step {first}, the first of {self._in_a_row},"
+                )
                 raise AicsdError(
-                    f"The loss broke at {broken}. Its batch is in {path}; the weights were left as they were before it. "
+                    f"The loss broke at {broken}. {whose} is in {path}; the weights were left as they were before it. "
                     "Use a smaller --lr or smaller weights of the terms, or --on-broken-step skip to go on without such steps."
                 )
             say(f"warning: skipped {broken}")
@@ -97,7 +101,7 @@ def _advice(loss: Loss, batch: Batch, config: TrainConfig) -> str:
         parts += 1
     less = fits * config.accumulate * distributed.world_size()
     return text + (
-        f"{fits} fit: use --accumulate {parts}, which takes the same step in parts, or --batch-size {less}; "
+        f"{fits} fit: use --accumulate {parts}, which takes the step in parts, or --batch-size {less}; "
         "--checkpoint-activations and --precision bf16 save memory too."
     )
 

@@ -25,6 +25,9 @@ def tiny(num_classes):
     return nn.Sequential(
         nn.Conv2d(3, 16, 5, stride=4, padding=2), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, num_classes, 1)
     )
+
+def with_statistics(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 5, stride=4, padding=2), nn.BatchNorm2d(8), nn.Conv2d(8, num_classes, 1))
 """
 RUN = [*TINY, "--student", "tiny_network:tiny", "--teacher", "teacher/best.pt", "--epochs", 8, "--log-every", 1, "--scale", 0.5, 1.5]  # fmt: skip
 
@@ -52,7 +55,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert both.returncode == 0, both.stderr
     assert both.stderr.count("going on from") == 0
-    assert both.stderr.count("device: cpu, 1 threads, 2 processes") == 2, "once a run: only one process speaks"
+    assert both.stderr.count("device: cpu, 1 threads, 2 processes") == 3, "once a run: only one process speaks"
     return work
 
 
@@ -80,6 +83,12 @@ def test_validation_of_two_processes_counts_every_image_once(work: Path) -> None
     summaries = [json.loads((work / run / "summary.json").read_text()) for run in ("one", "two")]
     assert summaries[0]["images"] == summaries[1]["images"] == 5
     assert summaries[0]["teacher"] == summaries[1]["teacher"]
+
+
+def test_what_is_validated_are_the_statistics_that_are_saved(work: Path) -> None:
+    saved = torch.load(work / "statistics/last.pt", weights_only=True)["model"]["1.running_mean"]
+    for number in (0, 1):
+        torch.testing.assert_close(torch.tensor(rank(work, number)["scored"]), saved, msg=f"process {number}")
 
 
 def test_a_process_that_is_asked_to_stop_stops_all_and_one_process_can_go_on(work: Path) -> None:

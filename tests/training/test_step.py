@@ -13,6 +13,7 @@ from aicsd_deploy.config import DistillConfig, MethodConfig
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, LossBreakdown
 from aicsd_deploy.training.fake_quant import imitate_int8
+from aicsd_deploy.training.guard import StepGuard
 from aicsd_deploy.training.precision import autocast_dtype, lowered
 from aicsd_deploy.training.step import TrainStep
 
@@ -142,6 +143,27 @@ def test_a_broken_step_changes_nothing_and_is_named(batch: Batch, how: str, opti
     taker(batch, step=3, total=9, logs=False)
     assert taker.guard.broken_steps() == []
     assert not torch.equal(before[0]["layers.0.weight"], network.state_dict()["layers.0.weight"])
+
+
+def test_a_broken_first_step_leaves_no_momentum(batch: Batch) -> None:
+    networks = [Network(0), Network(0)]
+    takers = [step_of(network, optimizer="sgd") for network in networks]
+    takers[0].loss = Breaking(takers[0].loss, "nan", at=0)
+    takers[0](batch, step=0, total=9, logs=False)
+    for taker in takers:
+        taker(batch, step=1, total=9, logs=False)
+    for broken, fresh in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(broken, fresh)
+
+
+def test_steps_without_labels_are_no_measure_of_what_explodes() -> None:
+    guard = StepGuard(Network(0), CPU)
+    skipped = []
+    for step, ce in enumerate((0.0, 2.3, 0.0, 2.2, 900.0)):
+        guard.before()
+        values = {"loss": torch.tensor(ce), "gradient": torch.tensor(1.0), "ce": torch.tensor(ce)}
+        skipped.append(bool(guard.judge(step, values, scaled=False)))
+    assert skipped == [False, False, False, False, True]
 
 
 def test_the_state_of_a_step_survives_a_file(batch: Batch, tmp_path: Any) -> None:

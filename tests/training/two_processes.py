@@ -8,10 +8,12 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import aicsd_deploy.training.step as step_module
+from aicsd_deploy import trainer
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.runtime.torch_backend import TorchBackend
 from aicsd_deploy.training import distributed
@@ -27,6 +29,21 @@ def run(script: str, *arguments: str) -> int:
     return 0
 
 
+def validated_statistics(script: str, arguments: list[str]) -> list[float]:
+    """Train a network with batch normalisation for an epoch; return the statistics that this process validated."""
+    good, found = trainer.evaluate_together, []
+
+    def looks(backend: TorchBackend, *args: Any, **kwargs: Any) -> Any:
+        found.append(dict(backend._module.network.named_buffers())["1.running_mean"].tolist())
+        return good(backend, *args, **kwargs)
+
+    trainer.evaluate_together = looks  # type: ignore[attr-defined]
+    epoch = [*arguments, "--student", "tiny_network:with_statistics", "--epochs", "1", "--out", "statistics"]
+    assert run(script, *epoch) == 0
+    trainer.evaluate_together = good  # type: ignore[attr-defined]
+    return found[-1]  # type: ignore[no-any-return]
+
+
 def main() -> None:
     script, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
@@ -34,6 +51,7 @@ def main() -> None:
     backend = TorchBackend.open(Path("one/best.pt"), device="cpu")
     counts = evaluate_together(backend, open_dataset("folder:data", "val"), title="").counts.tolist()
 
+    scored = validated_statistics(script, arguments)
     good, calls = step_module.lr_share, []
 
     def asks_rank_1_to_stop(*args: int) -> float:
@@ -44,7 +62,7 @@ def main() -> None:
 
     step_module.lr_share = asks_rank_1_to_stop
     codes.append(run(script, *arguments, "--out", "asked"))
-    Path(f"rank{distributed.rank()}.json").write_text(json.dumps({"codes": codes, "counts": counts}))
+    Path(f"rank{distributed.rank()}.json").write_text(json.dumps({"codes": codes, "counts": counts, "scored": scored}))
 
 
 if __name__ == "__main__":
