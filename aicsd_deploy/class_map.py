@@ -54,7 +54,7 @@ def match_classes(
         teacher: the teacher's name, for messages.
 
     Raises:
-        InputError: the classes differ and no file says how, or the file names a class that there is not.
+        InputError: the classes differ and no file says how, or the file names a class that there is not, or one of the teacher's twice.
     """
     if class_map is not None:
         return _read(class_map, theirs, count, ours)
@@ -96,12 +96,20 @@ def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[s
                     else f"It names none; write an index from 0 to {count - 1}."
                 )
                 raise InputError(f"{path}: {source!r} is no class of the teacher. {known}")
+            if any(index in group for group in groups):
+                raise InputError(
+                    f"{path} names the teacher's class {source!r} twice: its probability would count twice, and what the teacher "
+                    "is sure of would look undecided. Give it to one class of the data set only."
+                )
             groups[wanted.index(_plain(str(name)))].append(index)
     if sum(bool(group) for group in groups) < 2:
         raise InputError(f"{path} gives the teacher fewer than two classes of the data set; there is nothing to learn.")
     unknown = [name for name, group in zip(ours, groups, strict=True) if not group]
     if unknown:
-        say(f"The teacher does not know {', '.join(unknown)}: pixels with these labels are left out of its terms.")
+        say(
+            f"The teacher does not know {', '.join(unknown)}: pixels with these labels are left out of its terms (not of those of "
+            "at, sp and ickd, which compare features)."
+        )
     return groups
 
 

@@ -42,6 +42,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 C = TypeVar("C", bound="TrainConfig")
 ON_ALONE = {"alw": "linear", "qat": "cpu"}
 """What a flag of several values means where it stands alone."""
+OF_LOGITS = ("temperature", "distill_size", "mask_ignored", "teacher_errors", "teacher_confidence")
+"""Settings that say how logits are compared; methods that compare features have no use for them."""
 
 
 class TrainConfig(BaseModel):
@@ -101,7 +103,10 @@ class TrainConfig(BaseModel):
         description="what the networks compute in, losses and weights always float32; auto: bf16 or fp16 on GPUs, fp32 on the CPU",
     )
     accumulate: int = Field(
-        1, ge=1, description="parts that a step's batch is computed in, where it does not fit at once"
+        1,
+        ge=1,
+        description="parts that a step's batch is computed in, where it does not fit at once; sp and dist compare the images of "
+        "one part only, so that parts (and processes) change their term",
     )
     compile: bool = Field(False, description="compile the networks with torch.compile: minutes to start, faster steps")
     checkpoint_activations: bool = Field(
@@ -144,7 +149,7 @@ class MethodConfig(BaseModel):
         "aicsd",
         description="none: labels only; kd: pixel-wise distillation; icsd: inter-class similarity distillation; aicsd: both, "
         "weighted by ALW; to compare with: at (attention transfer), sp (similarity-preserving), ickd (inter-channel "
-        "correlation), cwd (channel-wise), dist (correlation)",
+        "correlation), which compare features of all pixels, cwd (channel-wise), dist (correlation)",
     )
     lambda_icsd: float = Field(100.0, ge=0, description="weight of the ICSD term")
     lambda_kd: float = Field(1.0, ge=0, description="weight of the pixel-wise term")
@@ -231,7 +236,13 @@ class MethodConfig(BaseModel):
     teacher_layer: str | None = Field(None, description="the same of the teacher")
 
     @model_validator(mode="after")
-    def _check_weighing(self) -> Self:
+    def _check_method(self) -> Self:
+        unused = [n for n in OF_LOGITS if getattr(self, n) != MethodConfig.model_fields[n].default]
+        if self.method in ("at", "sp", "ickd") and unused:
+            raise ValueError(
+                f"{self.method} compares whole maps of features, so {', '.join(unused)} would change nothing: leave it out, or "
+                "use a method that compares logits, such as kd or aicsd"
+            )
         if self.teacher_errors == "weigh" and self.method not in ("none", "kd", "aicsd"):
             raise ValueError(
                 f"teacher_errors weigh needs a pixel-wise term, and {self.method} has none: use kd or aicsd"
@@ -250,7 +261,7 @@ class DistillConfig(MethodConfig, TrainConfig):
     class_map: Path | None = Field(
         None,
         description="YAML file with lines `student class: teacher class` (or a list of them), for a teacher of other classes; "
-        "classes that it does not name are left out of the teacher's terms",
+        "classes that it does not name are left out of the teacher's terms (not by at, sp, ickd)",
     )
     qat: Annotated[
         Literal["off", "cpu", "tensorrt"],

@@ -146,18 +146,21 @@ def _train(
         origin = {"teacher": teacher.name, "teacher_sha256": teacher.digest}
         metadata = metadata.replace(provenance=metadata.provenance | origin)
     network.to(device)
-    _try(network, metadata, device)
+    _try(network, metadata, config.crop_size, device)
     autocast = autocast_dtype(config.precision, device)
+    class_map = config.class_map if isinstance(config, DistillConfig) and teacher is not None else None
     identity = {
+        "classes": metadata.class_names,
         "training images": len(train_data),
         "size of the images": list(metadata.image_size_hw),
         "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
+        "SHA-256 of the class map": None if class_map is None else sha256(class_map),
         "SHA-256 of the weights at the start": metadata.provenance.get("init_sha256"),
     }
     teacher_network, teacher_miou = None, None
     with StopRequest() as stop:
         if teacher is not None:
-            teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, device)
+            teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, config.crop_size, device)
             lowered(teacher_network, autocast)
             if config.compile:
                 teacher_network.compile()
@@ -181,27 +184,35 @@ def _train(
     return distributed.from_main(summary) or {}
 
 
-def _try(network: nn.Module, metadata: Metadata, device: torch.device) -> None:
-    """Raise InputError unless the network takes images of this size and gives logits of these classes."""
-    size, expected = metadata.image_size_hw, len(metadata.classes)
-    try:
-        with torch.no_grad():
-            logits = network.eval()(torch.zeros(1, 3, *size, device=device))
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{metadata.model} cannot take images of {size[0]}x{size[1]}: {first_line(error)} Choose another --image-size."
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 4 or logits.shape[:2] != (1, expected):
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise InputError(f"{metadata.model} must give logits (1, {expected}, h, w) for one image, not {found}.")
+def _try(network: nn.Module, metadata: Metadata, crop_size_hw: tuple[int, int] | None, device: torch.device) -> None:
+    """Raise InputError unless the network takes images and crops of these sizes and gives logits of these classes."""
+    expected = len(metadata.classes)
+    for flag, size in (("--image-size", metadata.image_size_hw), ("--crop-size", crop_size_hw)):
+        if size is None:
+            continue
+        try:
+            with torch.no_grad():
+                logits = network.eval()(torch.zeros(1, 3, *size, device=device))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise InputError(
+                f"{metadata.model} cannot take images of {size[0]}x{size[1]}: {first_line(error)} Choose another {flag}."
+            ) from error
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 4 or logits.shape[:2] != (1, expected):
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise InputError(f"{metadata.model} must give logits (1, {expected}, h, w) for one image, not {found}.")
 
 
 def _ready_teacher(
-    teacher: Teacher, val_data: SegmentationDataset, student: Metadata, device: torch.device
+    teacher: Teacher,
+    val_data: SegmentationDataset,
+    student: Metadata,
+    crop_size_hw: tuple[int, int] | None,
+    device: torch.device,
 ) -> tuple[nn.Module, float]:
     """Return the teacher, frozen and with its own normalisation, and its mIoU at the student's image size."""
     network = teacher.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
+    _try(network, metadata, crop_size_hw, device)
     backend = TorchBackend(network, metadata, device=device)
     miou = evaluate_together(backend, val_data, title="scoring the teacher").scores(metadata.class_names).miou
     say(f"teacher's val mIoU: {percent(miou)} %")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +147,7 @@ def _content(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(numpy_scalar):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+    except Exception:  # a file of any other kind makes the unpickler raise whatever it likes
         return None  # `load_checkpoint` says what is wrong with it
 
 
@@ -170,10 +170,30 @@ def _from_transformers(name: str) -> _Found:
     metadata = _plain_metadata(f"hf:{name}")
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)  # type: ignore[no-untyped-call]
-        metadata = metadata.replace(mean=_three(processor.image_mean), std=_three(processor.image_std))
+        metadata = metadata.replace(**_normalisation(processor, f"hf:{name}"))
     except (OSError, ValueError, AttributeError, ImportError):
         say(f"hf:{name} does not say how its images are normalised; ImageNet's statistics are taken.")
     return _Found(LogitsOf(model), None if generic else labels, metadata)
+
+
+def _normalisation(processor: Any, name: str) -> dict[str, tuple[float, float, float]]:
+    """Return the mean and the standard deviation with which a processor of transformers normalises images.
+
+    Raises:
+        InputError: it does something else with the pixels than (x / 255 - mean) / std in the order red, green, blue.
+    """
+    flips, rescales = getattr(processor, "do_flip_channel_order", False), getattr(processor, "do_rescale", True)
+    factor = getattr(processor, "rescale_factor", 1 / 255)
+    if flips or not rescales or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        found = "blue, green, red" if flips else f"pixels times {factor}" if rescales else "pixels from 0 to 255"
+        raise InputError(
+            f"{name} takes {found} (its preprocessor_config.json says so), and a teacher is given red, green, blue from 0 to 1: "
+            "it would teach what it makes of wrong colours. Wrap it in your own function that turns the one into the other: "
+            "--teacher package.module:function."
+        )
+    if not processor.do_normalize:
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    return {"mean": _three(processor.image_mean), "std": _three(processor.image_std)}
 
 
 def _from_torchvision(rest: str) -> _Found:
@@ -213,6 +233,7 @@ def _from_torchvision(rest: str) -> _Found:
 def _from_smp(folder: str) -> _Found:
     try:
         import segmentation_models_pytorch as smp
+        import timm
     except ImportError as error:
         raise MissingDependencyError(
             f"smp:{folder} needs segmentation_models_pytorch. Install it with: pip install 'aicsd-deploy[models]'"
@@ -223,10 +244,16 @@ def _from_smp(folder: str) -> _Found:
             f"{folder} is none. A network without trained weights teaches nothing."
         )
     try:
-        model: nn.Module = smp.from_pretrained(str(Path(folder).expanduser()))
+        model: Any = smp.from_pretrained(str(Path(folder).expanduser()))
     except Exception as error:  # whatever the file or the library raises
         raise InputError(f"smp:{folder} cannot be loaded ({type(error).__name__}: {first_line(error)}).") from error
-    return _Found(LogitsOf(model), None, _plain_metadata(f"smp:{folder}"))
+    metadata, encoder = _plain_metadata(f"smp:{folder}"), str(model.config["encoder_name"])
+    if encoder.startswith("tu-") and timm.models.is_model_pretrained(encoder[3:]):
+        known = smp.encoders.get_preprocessing_params(encoder)  # timm has them without a download
+        metadata = metadata.replace(mean=_three(known["mean"]), std=_three(known["std"]))
+    else:
+        say(f"smp:{folder} does not say how its images are normalised; ImageNet's statistics are taken.")
+    return _Found(LogitsOf(model), None, metadata)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,9 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder_dataset(work / "data")
     (work / "small_network.py").write_text(NETWORK_WITH_BACKBONE)
     (work / "study.yaml").write_text(RECIPE)
-    result = study(work, "--methods", "none,kd", "--seeds", "0")
+    result = study(work, "--methods", "none,kd,kd", "--seeds", "0,0")
     assert result.returncode == 0, result.stderr
+    assert len(json.loads((work / "out/study.json").read_text())["cells"]) == 2, "a cell counts once"
     (work / "first").write_text(str((work / "out/cells/kd-seed0/best.pt").stat().st_mtime_ns))
     result = study(work, "--methods", "none,kd,gentle")
     assert result.returncode == 0, result.stderr
@@ -87,6 +89,13 @@ def test_what_a_cell_cannot_be_is_said_before_anything_runs(studied: Path) -> No
     result = study(studied, "--qat")
     assert result.returncode == 2
     assert "needs --init" in result.stderr
+    teacher = studied / "other.pt"
+    content = torch.load(studied / "out/teacher/best.pt", weights_only=True)
+    content["model"]["head.1.bias"] += 1
+    torch.save(content, teacher)
+    result = study(studied, "--methods", "none,kd", "--teacher", "other.pt")
+    assert result.returncode == 2
+    assert re.search(r"kd-seed0 was run.*\n  teacher: was out/teacher/best\.pt \(.*, now other\.pt \(", result.stderr)
     result = study(studied, "--seeds", "zero")
     assert result.returncode == 2
     assert "zero" in result.stderr

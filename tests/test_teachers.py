@@ -21,8 +21,8 @@ CLASSES = tuple(SegClass(name, (i, 0, 0)) for i, name in enumerate(("red", "gree
 IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
-def save_segformer(folder: Path, labels: list[str] | None = None, *, mean: float = 0.5) -> nn.Module:
-    """Write a small random SegFormer as a user has it in a folder."""
+def save_segformer(folder: Path, labels: list[str] | None = None, **processing: object) -> nn.Module:
+    """Write a small random SegFormer as a user has it in a folder; `processing` is what its processor does otherwise."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
     torch.manual_seed(0)
@@ -41,7 +41,8 @@ def save_segformer(folder: Path, labels: list[str] | None = None, *, mean: float
     )
     model = SegformerForSemanticSegmentation(config)
     model.save_pretrained(folder)
-    SegformerImageProcessor(image_mean=[mean] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    SegformerImageProcessor(**statistics | processing).save_pretrained(folder)
     return model.eval()
 
 
@@ -55,6 +56,23 @@ def test_a_segformer_gives_its_logits_in_our_order_with_its_normalisation(tmp_pa
     assert teacher.metadata.std == (0.25, 0.25, 0.25)
     assert teacher.known_classes is None
     assert len(teacher.digest) == 64
+
+
+def test_what_a_processor_does_to_the_pixels_is_done_or_refused(tmp_path: Path) -> None:
+    labels = ["red", "green", "blue"]
+    save_segformer(tmp_path / "plain", labels, do_normalize=False)
+    metadata = open_teacher(f"hf:{tmp_path / 'plain'}", CLASSES).metadata
+    assert (metadata.mean, metadata.std) == ((0.0,) * 3, (1.0,) * 3)
+    for number, (processing, expected) in enumerate(
+        (
+            ({"do_rescale": False}, "pixels from 0 to 255"),
+            ({"rescale_factor": 1 / 127.5}, "pixels times 0.0078"),
+            ({"do_flip_channel_order": True}, "blue, green, red"),
+        )
+    ):
+        save_segformer(tmp_path / str(number), labels, **processing)
+        with pytest.raises(InputError, match=rf"{expected}.*package\.module:function"):
+            open_teacher(f"hf:{tmp_path / str(number)}", CLASSES)
 
 
 def test_unnamed_classes_are_taken_in_order_and_another_number_is_refused(
@@ -83,6 +101,8 @@ def test_a_class_map_merges_and_leaves_out(tmp_path: Path) -> None:
         ("red: water", "no class of the teacher"),
         ("red: 7", "no class of the teacher"),
         ("red: fire", "fewer than two"),
+        ("red: fire\ngreen: [grass, FIRE]", "'FIRE' twice"),
+        ("red: [fire, 1]\ngreen: grass", "1 twice"),
         ("- red", "must hold lines"),
     ):
         path.write_text(text)
@@ -90,7 +110,7 @@ def test_a_class_map_merges_and_leaves_out(tmp_path: Path) -> None:
             match_classes(["grass", "fire", "rust"], 3, ["red", "green", "blue"], class_map=path, teacher="t")
 
 
-def test_torchvision_and_smp_from_files(tmp_path: Path) -> None:
+def test_torchvision_and_smp_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import segmentation_models_pytorch as smp
     from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
@@ -108,6 +128,11 @@ def test_torchvision_and_smp_from_files(tmp_path: Path) -> None:
     teacher = open_teacher(f"smp:{tmp_path / 'smp'}", CLASSES)
     with torch.no_grad():
         torch.testing.assert_close(teacher.network(IMAGES), model(IMAGES))
+    assert "ImageNet's statistics are taken" in capsys.readouterr().err
+    smp.Unet("tu-mobilenetv3_large_100.miil_in21k", encoder_weights=None, classes=3).save_pretrained(tmp_path / "timm")
+    metadata = open_teacher(f"smp:{tmp_path / 'timm'}", CLASSES).metadata
+    assert (metadata.mean, metadata.std) == ((0.0,) * 3, (1.0,) * 3)
+    assert "statistics" not in capsys.readouterr().err
     with pytest.raises(InputError, match="save_pretrained"):
         open_teacher("smp:Unet:resnet34", CLASSES)
 
@@ -152,6 +177,14 @@ def test_the_papers_checkpoint_format(tmp_path: Path) -> None:
         build_published(state, origin="x.pth")
     with pytest.raises(InputError, match="ResNet-50 or ResNet-101"):
         build_published({k: v for k, v in state.items() if "layer3.5" not in k}, origin="x.pth")
+
+
+@pytest.mark.parametrize("text", ["train me", "best.pt", "Resnet weights", "a: b"])
+def test_a_file_that_is_no_checkpoint_is_said_to_be_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"teacher\.pt is no checkpoint"):
+        open_teacher(str(path), CLASSES)
 
 
 def test_distilling_from_a_segformer_and_from_own_code(tmp_path: Path) -> None:

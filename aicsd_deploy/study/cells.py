@@ -5,22 +5,27 @@ from __future__ import annotations
 import gc
 import json
 import resource
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from aicsd_deploy.config import DistillConfig, Method, TrainConfig, validated
 from aicsd_deploy.console import say
+from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import write_json
 from aicsd_deploy.metadata import git_revision
 from aicsd_deploy.recipes import OF_THE_STUDENT, distill, train_teacher
+from aicsd_deploy.teachers import open_teacher
 from aicsd_deploy.tracking import read_log
 from aicsd_deploy.training.last import BEST
 from aicsd_deploy.training.resume import FREE_TO_CHANGE
 
+CELL = "cell.json"
 METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
 
 
@@ -41,6 +46,11 @@ class StudyConfig(DistillConfig):
     teacher_recipe: dict[str, Any] = Field(
         {}, description="settings that the teacher has otherwise, where none is given and it is trained first"
     )
+
+    @field_validator("methods", "seeds")
+    @classmethod
+    def _once(cls, values: list[Any]) -> list[Any]:
+        return list(dict.fromkeys(values))  # a cell that counts twice would look like evidence
 
     def cell(self, name: str, seed: int, *, teacher: str) -> DistillConfig:
         """Return the settings of one cell: the recipe, then what the method or variant `name` has otherwise.
@@ -66,7 +76,7 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     Seeds are the outer loop, so that a study that is stopped early has whole rows of methods to compare.
 
     Raises:
-        InputError: a name is unknown, or a cell in `out` was run with other settings.
+        InputError: a name is unknown, or a cell in `out` was run with other settings or another teacher.
     """
     if config.qat != "off" and config.init is None:
         raise InputError("A study with --qat needs --init STUDENT, so that every cell goes on with the same student.")
@@ -75,10 +85,12 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
         config.cell(name, 0, teacher=teacher)
     if config.teacher is None:
         teacher = _own_teacher(config, out / "teacher")
+    sha256_of = lru_cache(_sha256_of_teacher)  # most cells have the same
     cells = {}
     for done, (seed, name) in enumerate((s, n) for s in config.seeds for n in config.methods):
         say(f"cell {done + 1}/{len(config.seeds) * len(config.methods)}: {name}, seed {seed}")
-        cells[name, seed] = _run_cell(config, name, seed, teacher, out / "cells" / f"{name}-seed{seed}")
+        settings, folder = config.cell(name, seed, teacher=teacher), out / "cells" / f"{name}-seed{seed}"
+        cells[name, seed] = _finished_cell(settings, folder, sha256_of) or _run_cell(settings, name, folder)
     return [cells[name, seed] for name in config.methods for seed in config.seeds]
 
 
@@ -90,24 +102,39 @@ def _own_teacher(config: StudyConfig, folder: Path) -> str:
     return str(folder / BEST)
 
 
-def _run_cell(config: StudyConfig, name: str, seed: int, teacher: str, folder: Path) -> dict[str, Any]:
-    settings, result = config.cell(name, seed, teacher=teacher), folder / "cell.json"
-    if result.is_file():
-        cell: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        ours = settings.model_dump(mode="json")
-        changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != cell["settings"].get(k)]
-        if changed:
-            lines = "\n".join(f"  {k}: was {cell['settings'].get(k)!r}, now {ours[k]!r}" for k in changed)
-            raise InputError(
-                f"{folder} was run with other settings:\n{lines}\nGive the same, another --out, or remove that folder."
+def _finished_cell(
+    settings: DistillConfig, folder: Path, sha256_of: Callable[[str, str, Path | None], str]
+) -> dict[str, Any] | None:
+    """Return what a cell gave; None where it is not done yet. Raise InputError where it was another one."""
+    if not (folder / CELL).is_file():
+        return None
+    cell: dict[str, Any] = json.loads((folder / CELL).read_text(encoding="utf-8"))
+    ours = settings.model_dump(mode="json")
+    changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != cell["settings"].get(k)]
+    lines = [f"  {k}: was {cell['settings'].get(k)!r}, now {ours[k]!r}" for k in changed]
+    if settings.teacher is not None and "teacher_sha256" in cell:  # cells of an older version do not say it
+        was, now = cell["teacher_sha256"], sha256_of(settings.teacher, settings.data, settings.class_map)
+        if was != now:
+            lines.append(
+                f"  teacher: was {cell['teacher']['path']} ({was[:12]}…), now {settings.teacher} ({now[:12]}…)"
             )
-        return cell
+    if lines:
+        raise InputError(
+            f"{folder} was run with other settings, and its score would not compare:\n"
+            + "\n".join(lines)
+            + "\nGive the same, another --out, or remove that folder."
+        )
+    return cell
+
+
+def _run_cell(settings: DistillConfig, name: str, folder: Path) -> dict[str, Any]:
+    """Train a cell, or go on with it, and keep what it gave."""
     _reset_peak_memory()
     summary = distill(settings, folder, resume=True)
     scored = [line for line in read_log(folder) if "val" in line]
     cell = {
         "name": name,
-        "seed": seed,
+        "seed": settings.seed,
         "miou": scored[-1]["val"]["miou"],
         "per_class_iou": scored[-1]["val"]["per_class_iou"],
         "best_miou": summary["miou"],
@@ -115,12 +142,17 @@ def _run_cell(config: StudyConfig, name: str, seed: int, teacher: str, folder: P
         "seconds": summary["seconds"],
         "peak_memory_mib": _peak_memory_mib(),
         "teacher": summary["teacher"],
+        "teacher_sha256": summary["provenance"].get("teacher_sha256"),
         "parameters": summary["parameters"],
         "git": git_revision(),
         "settings": settings.model_dump(mode="json"),
     }
-    write_json(result, cell)
+    write_json(folder / CELL, cell)
     return cell
+
+
+def _sha256_of_teacher(name: str, data: str, class_map: Path | None) -> str:
+    return open_teacher(name, open_dataset(data, "val").classes, class_map=class_map).digest
 
 
 def _reset_peak_memory() -> None:

@@ -23,7 +23,7 @@ def check_same_run(
     """Say which settings have changed since a run was saved.
 
     Args:
-        ours, theirs: settings by name, now and then.
+        ours, theirs: settings by name, now and then. What an older version has not saved cannot be compared.
         folder: where the run is.
         defaults: what a setting was before there was a choice, for runs that were saved by an older version.
 
@@ -31,8 +31,8 @@ def check_same_run(
         InputError: they make it another run.
     """
     theirs = dict(defaults) | theirs
-    changed = {name: f"{name}: was {theirs.get(name)!r}, now {ours[name]!r}" for name in ours}
-    changed = {name: text for name, text in changed.items() if ours[name] != theirs.get(name)}
+    changed = {name: f"{name}: was {theirs[name]!r}, now {ours[name]!r}" for name in ours if name in theirs}
+    changed = {name: text for name, text in changed.items() if ours[name] != theirs[name]}
     refused = [f"  {text}" for name, text in changed.items() if name not in FREE_TO_CHANGE]
     if refused:
         raise InputError(

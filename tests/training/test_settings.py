@@ -1,0 +1,86 @@
+"""Settings that would make a run another one than its name says: each is refused before the first step."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import segmentation_models_pytorch as smp
+from helpers import NETWORK, TINY, call_script, write_folder_dataset
+
+from aicsd_deploy.config import DistillConfig, validated
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.training.resume import check_same_run
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"mask_ignored": False},
+        {"teacher_errors": "mask"},
+        {"teacher_confidence": 0.5},
+        {"temperature": 2.0},
+        {"distill_size": "full"},
+    ],
+)
+def test_methods_on_features_refuse_what_is_for_logits(setting: dict[str, object]) -> None:
+    (name,) = setting
+    for method in ("at", "sp", "ickd"):
+        with pytest.raises(
+            InputError, match=f"{method} compares whole maps of features, so {name} would change nothing"
+        ):
+            validated(DistillConfig, {"method": method, **setting})
+        dumped = validated(DistillConfig, {"method": method}).model_dump(mode="json")
+        assert validated(DistillConfig, dumped).method == method, "as a recorded run has them: all given, by default"
+    for method in ("none", "kd", "dist", "aicsd"):
+        assert validated(DistillConfig, {"method": method, **setting}).method == method
+
+
+def test_a_run_with_another_class_map_or_other_classes_is_not_gone_on_with(tmp_path: Path) -> None:
+    names = write_folder_dataset(tmp_path / "data") / "classes.txt"
+    (tmp_path / "tiny_network.py").write_text(NETWORK)
+    teacher = [*TINY, "--model", "tiny_network:tiny", "--epochs", 1, "--out", "teacher"]
+    assert call_script("train/teacher.py", *teacher, cwd=tmp_path).returncode == 0
+    student = [
+        *TINY,
+        "--student",
+        "tiny_network:tiny",
+        "--teacher",
+        "teacher/best.pt",
+        "--epochs",
+        1,
+        "--out",
+        "student",
+    ]
+
+    def go_on(class_map: str) -> str:
+        (tmp_path / "map.yaml").write_text(class_map)
+        result = call_script("train/distill.py", *student, "--class-map", "map.yaml", "--resume", "auto", cwd=tmp_path)
+        return f"{result.returncode} {result.stderr}"
+
+    assert go_on("red: red\ngreen: green\n").startswith("0")
+    assert "already trained" in go_on("red: red\ngreen: green\n")
+    assert re.search(r"^2 [^$]*SHA-256 of the class map: was", go_on("red: green\ngreen: red\n"))
+    names.write_text(names.read_text().replace("blue", "azure"))
+    assert re.search(r"^2 [^$]*classes: was .*'blue'\], now .*'azure'\]", go_on("red: red\ngreen: green\n"))
+
+
+def test_what_an_older_version_has_not_saved_does_not_hinder(tmp_path: Path) -> None:
+    check_same_run({"lr": 0.1, "classes": ["a"]}, {"lr": 0.1}, folder=tmp_path)
+
+
+def test_a_crop_that_a_network_cannot_take_is_refused_before_training(tmp_path: Path) -> None:
+    write_folder_dataset(tmp_path / "data")
+    sizes = [*TINY, "--epochs", 1, "--image-size", "64x96", "--crop-size", "60x90"]
+    result = call_script("train/teacher.py", *sizes, "--model", "smp:FPN:resnet18", "--out", "x", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "cannot take images of 60x90" in result.stderr
+    assert "--crop-size" in result.stderr
+    (tmp_path / "tiny_network.py").write_text(NETWORK)
+    smp.FPN("resnet18", encoder_weights=None, classes=3).save_pretrained(tmp_path / "fpn")
+    student = ["--student", "tiny_network:tiny", "--teacher", "smp:fpn", "--out", "x"]
+    result = call_script("train/distill.py", *sizes, *student, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "smp:fpn cannot take images of 60x90" in result.stderr
+    assert not (tmp_path / "x").exists()
