@@ -32,14 +32,22 @@ def newest_checkpoint(*, role: str, data: str | None = None) -> Path | None:
     return max(found)[2] if found else None
 
 
-def newest_artifact() -> Path:
+_FLOAT_MARK = b'"precision": "fp32"'
+"""Stands as it is in an ONNX file whose metadata say so, and needs no package to be found there."""
+
+
+def newest_artifact(*, float_only: bool = False) -> Path:
     """Return the newest exported student under runs/, or the newest student's checkpoint where none is exported.
+
+    Args:
+        float_only: pass over files that are quantised, for commands that need a float32 one.
 
     Raises:
         InputError: there is neither.
     """
     exported = sorted(RUNS.rglob("student*.onnx"), key=lambda path: path.stat().st_mtime)
-    artifact = exported[-1] if exported else newest_checkpoint(role="student")
+    fitting = (path for path in reversed(exported) if not float_only or _FLOAT_MARK in path.read_bytes())
+    artifact = next(fitting, None) or newest_checkpoint(role="student")
     if artifact is None:
         raise InputError(
             f"No artefact was given and there is no finished student under {RUNS.resolve()}. "

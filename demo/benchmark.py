@@ -4,7 +4,7 @@
     python demo/benchmark.py student.onnx --baseline main/report.json --fail-if "p50_ms>1.1x" --fail-if "miou<-0.005"
 
 Without artefacts: the newest student under runs/, its teacher and its exported file. With --fail-if, exit code 3 where an
-artefact is worse than the one of the same name in the baseline; the report is written all the same.
+artefact is worse than the one of the same name in the baseline, which must have them all; the report is written all the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.bench.gate import Rule, read_baseline, require_no_worse
+from aicsd_deploy.bench.gate import Rule, read_baseline, require_no_worse, require_partners
 from aicsd_deploy.bench.report import benchmark
 from aicsd_deploy.bench.report_files import write_report
 from aicsd_deploy.bench.tables import noise, summary
@@ -20,6 +20,7 @@ from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, positive_
 from aicsd_deploy.console import say, table
 from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import check_writable
 from aicsd_deploy.runs import newest_comparison
 from aicsd_deploy.runtime.base import open_backend
 
@@ -62,6 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     rules = [Rule.parse(text) for text in args.fail_if]
     baseline = read_baseline(args.baseline) if args.baseline else None
+    out = args.out or paths[-1].parent
+    check_writable(out / "report.json")
+    if baseline:
+        require_partners([str(path) for path in paths], baseline)
+        if args.baseline.resolve() == (out / "report.json").resolve():
+            raise InputError(
+                f"The report would be written over the baseline {args.baseline}, and the next run would be held against it. Give "
+                "another --out."
+            )
     with open_backend(paths[0], device=args.device, memory=args.memory) as first:
         spec = args.data or first.metadata.data
     report, pictures = benchmark(
@@ -75,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loadgen_s=args.loadgen,
         pictures=not args.no_pictures,
     )
-    written = write_report(report, pictures, args.out or paths[-1].parent)
+    written = write_report(report, pictures, out)
     write_result(report, args.json)
     say("\n" + table(*summary(report)))
     for line in noise(report):

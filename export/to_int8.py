@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_json_flag(parser)
     args = parser.parse_args(argv)
-    source = args.onnx or newest_artifact()
+    source = args.onnx or newest_artifact(float_only=True)
     out = args.out or source.with_suffix(".int8.onnx")
     if source.suffix != ".onnx":
         raise InputError(

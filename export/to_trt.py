@@ -70,7 +70,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     args.profiles = tuple(tuple(profile) for profile in args.profiles)
-    onnx = args.onnx or newest_artifact()
+    onnx = args.onnx or newest_artifact(float_only=args.precision not in ("int8", "fp8"))
     out = args.out or onnx.with_suffix(".plan")
     if onnx.suffix != ".onnx":
         raise InputError(f"{onnx} is not an ONNX file. Export the checkpoint first: python export/to_onnx.py {onnx}")

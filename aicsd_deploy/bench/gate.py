@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aicsd_deploy.bench.tables import short_names
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.files import existing_file
 
@@ -75,14 +76,26 @@ def read_baseline(path: Path) -> dict[str, Any]:
     return report  # type: ignore[no-any-return]
 
 
+def require_partners(paths: Sequence[str], baseline: dict[str, Any]) -> None:
+    """Raise InputError unless every artefact has one of the same short name in an earlier report."""
+    old = _rows(baseline)
+    alone = [name for name in short_names(paths) if name not in old]
+    if alone:
+        raise InputError(
+            f"The baseline has no {', '.join(alone)} to compare with: it has {', '.join(old)}. Leave it out, name it as there, or "
+            "make the baseline again with it."
+        )
+
+
 def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Sequence[Rule]) -> list[str]:
-    """Hold every artefact against the artefact of the same file name in an earlier report.
+    """Hold every artefact against the artefact of the same short name in an earlier report.
 
     Returns:
         one line for each comparison, all of which passed.
 
     Raises:
-        InputError: nothing can be compared: no file name in common, other data, or a metric that is no number in both.
+        InputError: something cannot be compared: an artefact without a partner, other data, or a metric that is no number
+            in both.
         VerificationError: a rule fails; all that do are listed.
     """
     for key in ("data", "split"):
@@ -91,13 +104,11 @@ def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Se
                 f"The baseline was measured on {key} {baseline.get(key)!r}, this report on {report[key]!r}: they say nothing "
                 "about each other."
             )
+    require_partners([row["path"] for row in report["artifacts"]], baseline)
     new, old = _rows(report), _rows(baseline)
-    common = [name for name in new if name in old]
-    if not common:
-        raise InputError(f"The baseline has none of these artefacts: it has {', '.join(old)}, not {', '.join(new)}.")
     passed: list[str] = []
     failed: list[str] = []
-    for name in common:
+    for name in new:
         for rule in rules:
             value, before = new[name].get(rule.metric), old[name].get(rule.metric)
             if not isinstance(value, int | float) or not isinstance(before, int | float):
@@ -122,9 +133,5 @@ def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Se
 
 
 def _rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the artefacts by file name; by their whole path where two have the same."""
-    names = [Path(row["path"]).name for row in report["artifacts"]]
-    return {
-        name if names.count(name) == 1 else row["path"]: row
-        for name, row in zip(names, report["artifacts"], strict=True)
-    }
+    """Return the artefacts by short name."""
+    return dict(zip(short_names([row["path"] for row in report["artifacts"]]), report["artifacts"], strict=True))

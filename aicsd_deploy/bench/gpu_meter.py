@@ -48,7 +48,7 @@ class GpuMeter:
     def __init__(self, nvml: Any, index: int) -> None:
         self._nvml = nvml
         nvml.nvmlInit()
-        self._gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+        self._gpu = _handle(nvml, index)
         self.read()  # an old GPU without an energy counter says so here
 
     @classmethod
@@ -99,3 +99,15 @@ class GpuMeter:
             memory_used_mb=now.memory_used_mb,
             throttled=now.throttled or before.throttled,
         )
+
+
+def _handle(nvml: Any, index: int) -> Any:
+    """Find the GPU that CUDA counts as `index`; NVML counts in another order, and all cards, whatever CUDA_VISIBLE_DEVICES says."""
+    try:
+        import torch
+
+        uuid = torch.cuda.get_device_properties(index).uuid
+    except (ImportError, AttributeError, AssertionError, RuntimeError):
+        # No PyTorch that can tell; with one GPU, all counts are the same.
+        return nvml.nvmlDeviceGetHandleByIndex(index)
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")

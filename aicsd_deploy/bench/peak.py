@@ -24,9 +24,14 @@ class Peak:
     bandwidth_gbs: float
 
 
-def measure_peak(device: str) -> Peak:
-    """Measure the device that artefacts run on, "cpu" or "cuda:N"."""
-    return _gpu_peak(device) if device.startswith("cuda") else _cpu_peak()
+def measure_peak(device: str) -> Peak | None:
+    """Measure a device that artefacts run on, "cpu" or "cuda:N"; None for a GPU that PyTorch is not there for or cannot use."""
+    if not device.startswith("cuda"):
+        return _cpu_peak()
+    try:
+        return _gpu_peak(device)
+    except (ImportError, AssertionError, RuntimeError):  # none installed, one for the CPU only, or no memory left
+        return None
 
 
 def _cpu_peak() -> Peak:

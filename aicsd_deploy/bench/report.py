@@ -24,7 +24,7 @@ from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.metadata import provenance
 from aicsd_deploy.runtime.base import open_backend
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 TIMED_FRAMES, STAGE_FRAMES = 16, 11
 
 
@@ -72,11 +72,11 @@ def benchmark(
         frames = frames_for_comparison(dataset, count=TIMED_FRAMES)
         with watch_machine() as load:
             latencies = measure_latency(backends, frames, rounds=rounds)
-        peak = measure_peak(backends[0].device)
+        peaks = {device: measure_peak(device) for device in dict.fromkeys(backend.device for backend in backends)}
         rows = []
         with progress("stages, batches, memory", len(paths)) as advance:
             for path, backend, accuracy, latency in zip(paths, backends, accuracies, latencies, strict=True):
-                metadata, prepared = backend.metadata, prepare_frames(backend, frames)
+                metadata, prepared, peak = backend.metadata, prepare_frames(backend, frames), peaks[backend.device]
                 work, throughput = count_work(path), measure_throughput(backend, prepared)
                 stages_ms = backend.time_stages([prepared[i % len(prepared)] for i in range(STAGE_FRAMES)])
                 seconds = latency.p50_ms / 1000
@@ -93,8 +93,8 @@ def benchmark(
                 }
                 row |= asdict(work) | asdict(measure_footprint(path, **how))
                 row |= {
-                    "compute_share": None if work.gflops is None else work.gflops / seconds / peak.gflops,
-                    "bandwidth_share": None if work.traffic_mb is None else work.traffic_mb / 1e3 / seconds / peak.bandwidth_gbs,
+                    "compute_share": peak and work.gflops and work.gflops / seconds / peak.gflops,
+                    "bandwidth_share": peak and work.traffic_mb and work.traffic_mb / 1e3 / seconds / peak.bandwidth_gbs,
                     "loadgen": loadgen_s
                     and run_loadgen(backend, prepared, seconds=loadgen_s, batch=throughput.best_batch),
                     "runtime": backend.name,
@@ -117,7 +117,7 @@ def benchmark(
         "reference": reference,
         "threads": threads,
         "artifacts": rows,
-        "peak": asdict(peak),
+        "peak": {device: peak and asdict(peak) for device, peak in peaks.items()},
         "machine_load": asdict(load),
         "noise": load.noise(),
         "environment": environment(),

@@ -14,12 +14,15 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return the file names, with their folder where two are the same."""
-    names = [Path(path).name for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{Path(path).parent.name}/{name}"
-        for path, name in zip(paths, names, strict=True)
-    ]
+    """Return the file names, each with as many of its folders as it takes to tell it from the others."""
+    parts = [Path(path).parts for path in paths]
+
+    def shortest(own: tuple[str, ...]) -> str:
+        lengths = range(1, len(own))
+        length = next((n for n in lengths if [other[-n:] for other in parts].count(own[-n:]) == 1), len(own))
+        return Path(*own[-length:]).as_posix()
+
+    return [shortest(own) for own in parts]
 
 
 def names_of(report: dict[str, Any]) -> list[str]:
@@ -159,7 +162,7 @@ def noise(report: dict[str, Any]) -> list[str]:
 
 def machine(report: dict[str, Any]) -> Table:
     """What it was measured on."""
-    env, load, peak = report["environment"], report["machine_load"], report["peak"]
+    env, load = report["environment"], report["machine_load"]
     clocks = [load["mhz_before"], load["mhz_after"]]
     others, stolen = load["others_cores"], load["stolen_share"]
     rows = [
@@ -167,7 +170,7 @@ def machine(report: dict[str, Any]) -> Table:
         ["clock before and after, MHz", " and ".join("–" if value is None else f"{value:.0f}" for value in clocks)],
         ["memory", f"{env['memory_gib']} GiB"],
         ["GPU", "; ".join(env["gpu"]) or "none"],
-        ["measured peak", f"{peak['gflops']:.1f} GFLOP/s in float32, {peak['bandwidth_gbs']:.1f} GB/s"],
+        *([f"measured peak, {device}", _peak(peak)] for device, peak in report["peak"].items()),
         ["busy with others", "unknown" if others is None else f"{others:.2f} cores; {100 * (stolen or 0):.1f} % taken by the hypervisor"],
         ["CPU threads", str(report["threads"] or "as the runtimes choose")],
         ["system", f"{env['system']}, Python {env['python']}"],
@@ -175,6 +178,12 @@ def machine(report: dict[str, Any]) -> Table:
         ["aicsd-deploy", f"{report['provenance']['aicsd_deploy']}, git {env['git'] or 'unknown'}, {report['provenance']['created']}"],
     ]  # fmt: skip
     return ["", "measured on"], rows
+
+
+def _peak(peak: dict[str, float] | None) -> str:
+    if peak is None:
+        return "unknown: PyTorch cannot use it"
+    return f"{peak['gflops']:.1f} GFLOP/s in float32, {peak['bandwidth_gbs']:.1f} GB/s"
 
 
 def method(report: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aicsd_deploy.bench.gpu_meter import GpuMeter, GpuUse
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -22,7 +23,7 @@ class Throughput:
     """How many frames per second an artefact labels when it does nothing else.
 
     Attributes:
-        fps_by_batch: frames per second by batch size, from 1 up to the first that brought nothing.
+        fps_by_batch: frames per second by batch size, from 1 up to the first that brought nothing, or the last that ran.
         best_batch: the batch size with the most frames per second.
         best_fps: its frames per second.
         gpu: power, energy, clocks and temperature at that batch size; None where there is no GPU to ask.
@@ -46,7 +47,12 @@ def measure_throughput(backend: Backend, frames_NHWC: Sequence[UInt8Array]) -> T
     use: dict[int, GpuUse | None] = {}
     for size in BATCHES if "batch" in backend.metadata.dynamic else BATCHES[:1]:
         batch = np.concatenate([frames_NHWC[i % len(frames_NHWC)] for i in range(size)])
-        backend.infer(batch)
+        try:
+            backend.infer(batch)
+        except InputError:  # no memory left for so many frames, say; fewer were measured
+            if size == 1:
+                raise
+            break
         before = meter.read() if meter else None
         start, calls = time.perf_counter(), 0
         while calls < 3 or time.perf_counter() - start < SECONDS:

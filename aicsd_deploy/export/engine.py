@@ -28,7 +28,7 @@ from aicsd_deploy.export.precision import Half, to_half
 from aicsd_deploy.export.ranges import layer_errors, nodes_to_keep
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, Profile, build_engine
 from aicsd_deploy.export.verify import frames_for_comparison
-from aicsd_deploy.files import atomic_path, sha256
+from aicsd_deploy.files import atomic_path, check_writable, sha256
 from aicsd_deploy.metadata import Metadata, provenance
 from aicsd_deploy.runs import RUNS
 from aicsd_deploy.runtime.base import Backend, UInt8Array, open_backend
@@ -100,6 +100,7 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
         MissingDependencyError: what the build needs is not on this machine.
         VerificationError: the engine is not in the precision asked for, or loses more than the limits allow.
     """
+    check_writable(out)
     with OrtBackend(onnx_path, device="cpu") as source:
         metadata = source.metadata
     model = onnx.load(str(onnx_path))
@@ -115,13 +116,16 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
     if not options.profiles and metadata.dynamic:
         options = dataclasses.replace(options, profiles=(usual_profile(metadata),))
     require_fitting_profiles(options.profiles, metadata)
-    graph, float32_nodes = model, {}
+    graph = runnable = model
+    float32_nodes: dict[str, str] = {}
     half = HALVES.get(request.precision)
     if half is not None:
         calibration = _calibration_frames(open_dataset(request.data or metadata.data, "train"), metadata)
         float32_nodes = nodes_to_keep(model, half, calibration)
         lowered = to_half(model, half, keep=float32_nodes)
-        graph = lowered.model
+        graph = runnable = lowered.model
+        if half == "bf16":  # ONNX Runtime has no bfloat16 kernels for the CPU
+            runnable = to_half(model, half, keep=float32_nodes, emulate=True).model
         _say_kept(float32_nodes, len(lowered.low), half)
     engine = build_engine(graph, request.flavor, options)
     _say_precision(engine.precision)
@@ -147,14 +151,14 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
         plan.write_bytes(engine.plan)
         with (
             _reference(reference_path, metadata) as reference,
-            _candidate(plan, card, graph, model, gpu) as (candidate, what),
+            _candidate(plan, card, runnable, gpu) as (candidate, what),
         ):
             say(f"comparing {what} with {reference_path}")
             sizes = _sizes(options.profiles, metadata)
             loss = measure_loss(reference, candidate, validation, frames=request.frames, sizes=sizes)
         layers: list[str] = []
         if graph is not model and not loss.within(limits):
-            errors = layer_errors(model, graph, _calibration_frames(validation, metadata)[:2])
+            errors = layer_errors(model, runnable, _calibration_frames(validation, metadata)[:2])
             layers = [f"{name} ({error:.2g})" for name, error in list(errors.items())[:3]]
         require_within(loss, limits, what=str(out), layers=layers)
         card = dataclasses.replace(card, gate=_gate(loss, limits, what, reference_path, validation.spec))
@@ -203,9 +207,9 @@ def _reference(path: Path, metadata: Metadata) -> Iterator[Backend]:
 
 @contextmanager
 def _candidate(
-    plan: Path, card: EngineCard, graph: onnx.ModelProto, source: onnx.ModelProto, gpu: Gpu | None
+    plan: Path, card: EngineCard, runnable: onnx.ModelProto, gpu: Gpu | None
 ) -> Iterator[tuple[Backend, str]]:
-    """Open the engine where it can run; else its very graph in ONNX Runtime, which rounds as the engine does."""
+    """Open the engine where it can run; else its very graph in ONNX Runtime, whatever the file it came from was made for."""
     precision = card.metadata.precision
     if gpu is not None:
         description = card_path(plan)
@@ -216,12 +220,10 @@ def _candidate(
         finally:
             description.unlink(missing_ok=True)
         return
-    if precision == "bf16":  # ONNX Runtime has no bfloat16 kernels for the CPU
-        graph = to_half(source, "bf16", keep=card.float32_nodes, emulate=True).model
     temporary = plan.with_suffix(".onnx")
     try:
-        onnx.save_model(graph, str(temporary))
-        with open_backend(temporary, device="cpu") as backend:
+        onnx.save_model(runnable, str(temporary))
+        with OrtBackend(temporary, device="cpu") as backend:
             where = "its graph, rounded to bfloat16 at every step," if precision == "bf16" else f"its {precision} graph"
             yield backend, f"{where} in ONNX Runtime on the CPU (the engine itself cannot run here)"
     finally:

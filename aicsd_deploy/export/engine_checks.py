@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.export.tensorrt_build import PrecisionFound, Profile
 from aicsd_deploy.metadata import Metadata
+from aicsd_deploy.runtime.engine_card import holds
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
@@ -63,7 +64,7 @@ def usual_profile(metadata: Metadata) -> Profile:
 
 
 def require_fitting_profiles(profiles: Sequence[Profile], metadata: Metadata) -> None:
-    """Raise InputError unless profiles range only over what the graph leaves open, and in order."""
+    """Raise InputError unless profiles range only over what the graph leaves open, in order, and one holds a single frame."""
     fixed = (None if "batch" in metadata.dynamic else 1, *(metadata.image_size_hw if "size" not in metadata.dynamic else (None, None)))  # fmt: skip
     for profile in profiles:
         text = " ".join("x".join(map(str, shape)) for shape in profile)
@@ -74,6 +75,12 @@ def require_fitting_profiles(profiles: Sequence[Profile], metadata: Metadata) ->
                 f"--profile {text}: this file takes NxHxW {'x'.join('any' if f is None else str(f) for f in fixed)}. Export it with "
                 "--dynamic batch size to leave more open."
             )
+    frame = (1, *metadata.image_size_hw)
+    if profiles and not any(holds(profile, frame) for profile in profiles):
+        raise InputError(
+            f"No --profile holds {'x'.join(map(str, frame))}, a single frame of the size that the file works on, so that this "
+            "toolkit could not run the engine. Add a profile that does, or export the file with another --image-size."
+        )
 
 
 def require_precision(found: PrecisionFound, asked: Precision, what: str) -> None:

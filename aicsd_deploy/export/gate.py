@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset, Subset
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.evaluate import evaluate
-from aicsd_deploy.export.verify import Agreement, compare, frames_for_comparison
+from aicsd_deploy.export.verify import Agreement, compare, evenly_spread, frames_for_comparison
 from aicsd_deploy.runtime.base import Backend
 
 
@@ -93,10 +93,11 @@ def measure_loss(
         frames: how many of them to take, evenly spread.
         sizes: see `compare`.
     """
-    spread = range(0, len(dataset), max(1, len(dataset) // frames))[:frames]
-    some = CachedDataset(Subset(dataset, spread))  # both networks see them, at every size
+    # Both networks see them, at every size.
+    some = CachedDataset(Subset(dataset, evenly_spread(len(dataset), frames)))
+    pictures = frames_for_comparison(some, count=frames)
     try:
-        agreement = compare(reference, candidate, frames_for_comparison(some, count=frames), sizes=sizes)
+        agreement = compare(reference, candidate, pictures, sizes=sizes)
     except InputError as error:
         raise VerificationError(f"It does not run at every size it was built for: {error} It was not kept.") from error
     names = reference.metadata.class_names

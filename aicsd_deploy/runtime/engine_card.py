@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -89,6 +90,12 @@ class EngineCard:
 def card_path(plan: Path) -> Path:
     """Return where the card of an engine lies."""
     return plan.with_name(f"{plan.name}.json")
+
+
+def holds(profile: Sequence[Sequence[int]], shape: Sequence[int]) -> bool:
+    """Say whether a shape (N, H, W) lies between the smallest and the largest of a profile."""
+    smallest, _, largest = profile
+    return all(low <= extent <= high for low, extent, high in zip(smallest, shape, largest, strict=True))
 
 
 def read_card(plan: Path) -> EngineCard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,13 +16,15 @@ import numpy as np
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array
 from aicsd_deploy.runtime.device_memory import Buffer, DeviceMemory, open_memory
-from aicsd_deploy.runtime.engine_card import EngineCard, read_card, require_gpu_device
+from aicsd_deploy.runtime.engine_card import EngineCard, holds, read_card, require_gpu_device
 from aicsd_deploy.runtime.tensorrt_module import NAMES, load_tensorrt, logger, require_tensorrt_gpu
 
 HOST_CODE = "tensorrt-host-code"
 """In AICSD_TRUST: load version-compatible engines, which carry code for the CPU."""
 _STAGES = (STAGES[0], STAGES[2], STAGES[4])
 """What an engine's time can be split into: upload, engine, download."""
+_PREPARING = threading.Lock()
+"""Held while a lane gets ready: to record a CUDA graph PyTorch waits for the whole GPU, which breaks what another records."""
 
 
 class TensorRTBackend(Backend):
@@ -59,12 +62,12 @@ class TensorRTBackend(Backend):
             for _ in range(lanes):
                 self._lanes.put(_Lane(trt, self._engine, self._memory, card, graph))
         self.concurrency = lanes
-        self._largest_batch = max((profile[2][0] for profile in card.profiles), default=1)
+        self._profiles = card.profiles
 
     def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
         self.check_frames(frames_NHWC)
-        if frames_NHWC.shape[0] > self._largest_batch:
-            step = self._largest_batch
+        step = self._largest_batch(frames_NHWC.shape)
+        if frames_NHWC.shape[0] > step:
             return np.concatenate([self.infer(frames_NHWC[i : i + step]) for i in range(0, frames_NHWC.shape[0], step)])
         lane = self._lanes.get()
         try:
@@ -72,6 +75,12 @@ class TensorRTBackend(Backend):
                 return lane.infer(frames_NHWC)
         finally:
             self._lanes.put(lane)
+
+    def _largest_batch(self, shape_NHWC: tuple[int, ...]) -> int:
+        """Return how many frames of this size the engine takes at once; all of them where no profile says."""
+        count, height, width, _ = shape_NHWC
+        most = [profile[2][0] for profile in self._profiles if holds(profile, (profile[2][0], height, width))]
+        return max(most, default=count)
 
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
         """Return what CUDA events tell; an engine is one piece, so all that it computes counts as the network."""
@@ -145,8 +154,9 @@ class _Lane:
 
     def _filled(self, frames_NHWC: UInt8Array) -> _Ready:
         if self._ready is None or self._ready.frames_NHWC.shape != frames_NHWC.shape:
-            self._ready = None  # until the new shape works
-            self._ready = self._prepare(frames_NHWC.shape)
+            with _PREPARING:
+                self._ready = None  # until the new shape works
+                self._ready = self._prepare(frames_NHWC.shape)
         np.copyto(self._ready.frames_NHWC, frames_NHWC)
         return self._ready
 
@@ -185,8 +195,8 @@ class _Lane:
         return _Ready(*views, (frames, labels), parts, recorded or work)
 
     def _profile_for(self, shape_NHWC: tuple[int, ...]) -> int:
-        for number, (smallest, _, largest) in enumerate(self._profiles):
-            if all(low <= extent <= high for low, extent, high in zip(smallest, shape_NHWC, largest, strict=False)):
+        for number, profile in enumerate(self._profiles):
+            if holds(profile, shape_NHWC[:3]):
                 return number
         if not self._profiles:
             return 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from aicsd_deploy.bench.gate import Rule, require_no_worse
+from aicsd_deploy.bench.tables import short_names
 from aicsd_deploy.errors import InputError, VerificationError
 
 
@@ -58,3 +59,24 @@ def test_what_cannot_be_compared_is_refused() -> None:
         require_no_worse({**report(), "artifacts": [{"path": "t.onnx"}]}, report(), rule)
     with pytest.raises(InputError, match="no number 'speed'"):
         require_no_worse(report(), report(), [Rule.parse("speed>1")])
+
+
+def many(paths: dict[str, float]) -> dict[str, Any]:
+    return {"data": "d", "split": "val", "artifacts": [{"path": path, "miou": miou} for path, miou in paths.items()]}
+
+
+def test_no_artefact_is_passed_over() -> None:
+    rule = [Rule.parse("miou<-0.01")]
+    baseline = many({"runs/teacher/best.pt": 0.7, "runs/student/best.pt": 0.6, "s.onnx": 0.6})
+    with pytest.raises(InputError, match=r"has no new\.onnx to compare with: it has teacher/best\.pt"):
+        require_no_worse(many({"s.onnx": 0.6, "new.onnx": 0.1}), baseline, rule)
+    with pytest.raises(VerificationError, match=r"student/best\.pt: miou"):  # in another folder, as in CI
+        require_no_worse(many({"/ci/runs/teacher/best.pt": 0.7, "/ci/runs/student/best.pt": 0.1}), baseline, rule)
+    assert len(require_no_worse(many({"s.onnx": 0.6}), baseline, rule)) == 1, "the baseline may have more"
+
+
+def test_short_names_tell_artefacts_apart() -> None:
+    paths = ["exp1/student/best.pt", "exp2/student/best.pt", "teacher/best.pt", "a/s.onnx"]
+    assert short_names(paths) == ["exp1/student/best.pt", "exp2/student/best.pt", "teacher/best.pt", "s.onnx"]
+    assert short_names(["best.pt", "/runs/best.pt"]) == ["best.pt", "runs/best.pt"]
+    assert short_names(["x/s.onnx", "x/s.onnx"]) == ["x/s.onnx", "x/s.onnx"], "the same file twice"

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import REPO, call_script
+from helpers import CLASSES, REPO, call_script
 
-from aicsd_deploy.bench import charts, tables
+from aicsd_deploy.bench import charts, tables, throughput
+from aicsd_deploy.bench import report as report_module
 from aicsd_deploy.bench.footprint import count_work
 from aicsd_deploy.bench.gpu_meter import GpuMeter
+from aicsd_deploy.bench.peak import Peak, measure_peak
 from aicsd_deploy.bench.pictures import LOST_BGR, OTHER_BGR, WON_BGR, draw_difference
 from aicsd_deploy.bench.report_files import to_markdown, write_report
-from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import Metadata
+from aicsd_deploy.runtime.base import Backend, open_backend
 
 TEACHER, CHECKPOINT, ONNX = "runs/teacher/best.pt", "runs/student/best.pt", "runs/student/student.onnx"
 
@@ -111,7 +119,8 @@ def test_the_page_needs_no_network_and_holds_every_part(made: Path, report: dict
 
 
 def test_the_json_is_complete(report: dict[str, Any]) -> None:
-    assert report["schema_version"] == 2
+    assert report["schema_version"] == 3
+    assert report["peak"]["cpu"]["gflops"] > 0
     assert report["reference"] == 1
     for row in report["artifacts"]:
         low, high = row["p50_interval_ms"]
@@ -157,6 +166,72 @@ def test_a_worse_artefact_fails_the_gate_and_the_report_is_written(made: Path, t
     assert result.returncode == 3
     assert "Worse than the baseline" in result.stderr
     assert (tmp_path / "new/report.html").is_file()
+
+
+def test_a_baseline_is_neither_overwritten_nor_half_compared(made: Path, trained: Path, tmp_path: Path) -> None:
+    baseline = tmp_path / "report.json"
+    baseline.write_bytes((made / "report.json").read_bytes())
+    gate = ["--rounds", 1, "--no-pictures", "--baseline", baseline, "--fail-if", "miou<-0.005"]
+    result = call_script("demo/benchmark.py", ONNX, *gate, "--out", tmp_path / "x/..", cwd=trained)
+    assert result.returncode == 2
+    assert "over the baseline" in result.stderr
+    result = call_script("demo/benchmark.py", TEACHER, CHECKPOINT, *gate, "--out", tmp_path / "new", cwd=trained)
+    assert result.returncode == 2
+    assert "has no teacher/best.pt, student/best.pt to compare with: it has best.pt, student.onnx" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "said before anything is measured"
+    assert baseline.read_bytes() == (made / "report.json").read_bytes()
+
+
+class Growing(Backend):
+    """Takes batches up to `most`, and is the faster per frame the larger they are."""
+
+    metadata = Metadata("m", CLASSES, (8, 8), dynamic=("batch",))
+    name, device = "growing", "cpu"
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+        if len(frames_NHWC) > self.most:
+            raise InputError("CUDA out of memory")
+        time.sleep(0.02)
+        return frames_NHWC[..., 0]
+
+
+def test_a_batch_that_does_not_fit_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "SECONDS", 0)
+    frame = np.zeros((1, 8, 8, 3), np.uint8)
+    found = throughput.measure_throughput(Growing(most=2), [frame])
+    assert list(found.fps_by_batch) == [1, 2]
+    with pytest.raises(InputError, match="out of memory"):
+        throughput.measure_throughput(Growing(most=0), [frame])
+
+
+def test_each_device_has_a_peak_of_its_own(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_two_devices(path: Path, **how: Any) -> Backend:
+        backend = open_backend(path, **how)
+        backend.device = "cuda:0" if path.suffix == ".pt" else "cpu"
+        return backend
+
+    monkeypatch.setenv("AICSD_TRUST", "tiny_network:tiny")
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(report_module, "open_backend", on_two_devices)
+    monkeypatch.setattr(report_module, "measure_peak", {"cpu": Peak(4, 2), "cuda:0": None}.get)
+    paths = [trained / CHECKPOINT, trained / ONNX]
+    how: dict[str, Any] = {"device": "cpu", "threads": 1, "rounds": 1, "pictures": False}
+    found, _ = report_module.benchmark(paths, open_dataset("folder:data", "val"), **how)
+    checkpoint, onnx = found["artifacts"]
+    assert checkpoint["compute_share"] is checkpoint["bandwidth_share"] is None
+    assert onnx["compute_share"] == onnx["gflops"] / (onnx["p50_ms"] / 1000) / 4
+    assert onnx["bandwidth_share"] == onnx["traffic_mb"] / 1e3 / (onnx["p50_ms"] / 1000) / 2
+    rows = dict(tables.machine(found)[1])
+    assert rows["measured peak, cpu"] == "4.0 GFLOP/s in float32, 2.0 GB/s"
+    assert "unknown" in rows["measured peak, cuda:0"]
+
+
+def test_no_peak_where_pytorch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert measure_peak("cuda:0") is None
 
 
 def test_losers_come_first() -> None:
@@ -225,6 +300,7 @@ class FakeNvml:
         return {
             "nvmlInit": lambda: None,
             "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
             "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: self.reasons,
             "nvmlDeviceGetTotalEnergyConsumption": lambda gpu: self.energy,
             "nvmlDeviceGetClockInfo": lambda gpu, which: {1: 1980, 2: 3201}[which],
@@ -243,3 +319,11 @@ def test_power_and_energy_are_worked_out_of_the_counters(reasons: int, throttled
     assert (use.power_w, use.energy_mj_per_frame) == (20.0, 100.0)
     assert (use.sm_mhz, use.memory_used_mb, use.throttled) == (1980, 2000.0, throttled)
     assert GpuMeter.of("cpu") is None
+
+
+def test_the_gpu_is_the_one_that_cuda_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(get_device_properties=lambda index: SimpleNamespace(uuid=f"uuid-of-{index}"))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert GpuMeter(FakeNvml(0), 1)._gpu == "GPU-uuid-of-1"
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert GpuMeter(FakeNvml(0), 1)._gpu == 1

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +18,18 @@ from helpers import call_script, random_checkpoint
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, MissingDependencyError, VerificationError
 from aicsd_deploy.export.engine import choose_flavor
 from aicsd_deploy.export.engine_checks import require_precision
+from aicsd_deploy.export.gate import measure_loss
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, build_engine
 from aicsd_deploy.files import sha256
-from aicsd_deploy.metadata import ONNX_KEY
+from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.runtime import driver, tensorrt_module
+from aicsd_deploy.runtime.base import Backend
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -160,6 +164,72 @@ def test_an_engine_that_disagrees_with_its_checkpoint_is_not_kept(small: Path, t
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
 
 
+def test_layers_are_named_in_bfloat16_too(small: Path, tmp_path: Path) -> None:
+    result = build(small, "--bf16", "--min-agreement", 1, "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert "Layers that add most error" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_for_openvino_is_proved_in_the_runtime_that_the_card_names(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(quantise(small, tmp_path / "int8.onnx", **SYMMETRIC))
+    text = next(entry for entry in model.metadata_props if entry.key == ONNX_KEY)
+    value = json.loads(text.value)
+    value["provenance"]["int8_target"] = "openvino"
+    text.value = json.dumps(value)
+    onnx.save(model, tmp_path / "int8.onnx")
+    reference = ["--reference", small.with_name("best.pt"), "--min-agreement", 0, "--max-miou-drop", 100]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        result = build("int8.onnx", "--int8", *reference, "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "in ONNX Runtime" in json.loads((tmp_path / "s.plan.json").read_text())["gate"]["compared"]
+
+
+class ByBrightness(Backend):
+    """Labels a pixel by its own value."""
+
+    name, device = "by brightness", "cpu"
+
+    def __init__(self, metadata: Metadata) -> None:
+        self.metadata = metadata
+
+    def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+        return frames_NHWC[..., 0] % len(self.metadata.classes)
+
+
+class Seen(SegmentationDataset):
+    """Frames that note which of them are taken; `broken` cannot be loaded."""
+
+    def __init__(self, length: int, broken: int = -1) -> None:
+        self.classes, self.spec, self.split = SCENES.classes, "seen", "val"
+        self.length, self.broken, self.taken = length, broken, set[int]()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def load(self, index: int) -> Any:
+        if index == self.broken:
+            raise InputError(f"{index}.png is damaged")
+        self.taken.add(index)
+        return SCENES.load(0)
+
+
+def test_the_gates_images_are_spread_over_all() -> None:
+    backend, seen = ByBrightness(Metadata("m", SCENES.classes, (16, 16))), Seen(31)
+    measure_loss(backend, backend, seen, frames=16)
+    assert seen.taken == set(range(0, 31, 2))
+
+
+def test_a_damaged_image_is_bad_input_and_no_verdict() -> None:
+    backend = ByBrightness(Metadata("m", SCENES.classes, (16, 16)))
+    with pytest.raises(InputError, match=r"^2\.png is damaged"):
+        measure_loss(backend, backend, Seen(3, broken=2), frames=3)
+
+
 def test_pspnet_of_any_size_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("segmentation_models_pytorch")
     path = export(tmp_path, "smp:PSPNet:resnet18", ("size",))
@@ -235,6 +305,8 @@ def test_asymmetric_int8_is_refused_with_the_reason(small: Path, tmp_path: Path)
         "dla": (["--dla", 0], "Jetson"),
         "timing cache": (["--timing-cache", "cache"], "not for TensorRT-RTX"),
         "profile in disorder": (["--profile", "2x64x96", "1x64x96", "4x64x96"], "in this order"),
+        "profile of another size": (["--profile", "1x128x128", "1x128x128", "4x128x256"], "holds 1x64x96"),
+        "profile of batches only": (["--profile", "2x64x96", "4x64x96", "8x64x96"], "holds 1x64x96"),
         "profile of text": (["--profile", "a", "b", "c"], "NxHxW"),
         "share": (["--min-agreement", "2"], "0 to 1"),
     }.values(),

@@ -109,6 +109,7 @@ class FakeContext:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.shape: tuple[int, ...] = ()
+        self.shapes: list[tuple[int, ...]] = []
         self.addresses: dict[str, int] = {}
         self.profile = 0
 
@@ -119,6 +120,7 @@ class FakeContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name == "frames"
         self.shape = tuple(shape)
+        self.shapes.append(self.shape)
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +116,34 @@ def test_many_threads_share_an_engine(machine: SimpleNamespace, tmp_path: Path) 
         for one, labels in zip(given, threads.map(backend.infer, given), strict=True):
             np.testing.assert_array_equal(labels, expected(one))
     assert len(machine.trt.engine.contexts) == 3
+
+
+def test_a_batch_goes_in_parts_that_its_size_allows(machine: SimpleNamespace, tmp_path: Path) -> None:
+    profiles = (((1, 8, 12), (1, 8, 12), (8, 8, 12)), ((1, 32, 48), (1, 32, 48), (2, 32, 48)))
+    metadata = Metadata("m", CLASSES, (8, 12), dynamic=("batch", "size"))
+    with TensorRTBackend(write_engine(tmp_path, profiles=profiles, metadata=metadata), lanes=1) as backend:
+        for size_hw, batches in (((8, 12), [8, 3]), ((32, 48), [2, 1])):
+            given, context = frames(11, size_hw), machine.trt.engine.contexts[0]
+            context.shapes.clear()
+            np.testing.assert_array_equal(backend.infer(given), expected(given))
+            assert [shape[0] for shape in context.shapes] == batches, "each set once and replayed"
+
+
+def test_no_two_lanes_record_at_once(machine: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, both, met = machine.memory.record, threading.Barrier(2), []
+
+    def slow(stream: Any, work: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+            met.append(stream)
+        return record(stream, work)
+
+    monkeypatch.setattr(machine.memory, "record", slow)
+    plan, given = write_engine(tmp_path), frames(1, (8, 12))
+    with TensorRTBackend(plan) as first, TensorRTBackend(plan) as second, ThreadPoolExecutor(2) as threads:
+        for labels in threads.map(lambda backend: backend.infer(given), (first, second)):
+            np.testing.assert_array_equal(labels, expected(given))
+    assert not met
 
 
 def test_two_engines_at_once(machine: SimpleNamespace, tmp_path: Path) -> None:

@@ -155,6 +155,10 @@ CASES = {
     "to_trt, a checkpoint": ("export/to_trt.py " + CKPT + " --fp16 -o {o}.plan", "to_onnx.py"),
     "to_trt, two precisions": ("export/to_trt.py " + ONNX + " --fp16 --int8 -o {o}.plan", "--int8"),
     "to_trt, wrong suffix": ("export/to_trt.py " + ONNX + " -o {o}.engine", ".plan"),
+    "to_trt, an engine into a file": (
+        "export/to_trt.py {t}/cut.onnx --flavor rtx -o {t}/text.mp4/s.plan",
+        "Cannot write",
+    ),
     "to_trt, no folder for frames": (
         "export/to_trt.py " + ONNX + " --flavor rtx --data folder:none -o {o}.plan",
         "none",
@@ -182,6 +186,8 @@ CASES = {
         "demo/benchmark.py " + ONNX + " --reference x.onnx --out {o}",
         "none of the artefacts",
     ),
+    # Two faults each: what cannot be written is to be said before anything is read.
+    "benchmark, a report into a file": ("demo/benchmark.py {t}/cut.onnx --out {t}/text.mp4", "Cannot write"),
     "benchmark, missing": ("demo/benchmark.py {t}/none.onnx --out {o}", "none.onnx"),
     "benchmark, cut": ("demo/benchmark.py " + ONNX + " {t}/cut.onnx --out {o}", "cut.onnx"),
     "benchmark, empty": ("demo/benchmark.py {t}/empty.onnx --out {o}", "empty.onnx"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 from helpers import call_script
 
 ROW = {"path", "miou", "p50_ms", "p90_ms", "p99_ms", "fps", "per_class_iou", "runtime", "device"}
@@ -15,7 +17,7 @@ def test_export_and_benchmark_without_flags(trained: Path) -> None:
     result = call_script("demo/benchmark.py", "--rounds", 2, cwd=trained)
     assert result.returncode == 0, result.stderr
     report = json.loads((trained / "runs/student/report.json").read_text())
-    assert report["schema_version"] == 2
+    assert report["schema_version"] == 3
     names = [Path(row["path"]).as_posix() for row in report["artifacts"]]
     assert [name.split("runs/")[1] for name in names] == ["teacher/best.pt", "student/best.pt", "student/student.onnx"]
     markdown = (trained / "runs/student/report.md").read_text()
@@ -25,6 +27,29 @@ def test_export_and_benchmark_without_flags(trained: Path) -> None:
         assert f"{row['p50_ms']:.2f}" in markdown
         assert f"{100 * row['miou']:.2f}" in markdown
     assert report["environment"]["cpu"] in markdown
+
+
+@pytest.mark.parametrize(
+    ("command", "taken"),
+    [
+        ("export/to_int8.py", "student.onnx"),
+        ("export/to_trt.py", "student.onnx"),
+        ("export/to_trt.py --int8", "student.int8.onnx"),
+        ("demo/video.py", "student.int8.onnx"),
+    ],
+)
+def test_what_needs_a_float_file_passes_over_newer_int8_files(
+    command: str, taken: str, trained: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    content = (trained / "runs/student/student.onnx").read_bytes()
+    for seconds, (name, precision) in enumerate({"student.onnx": b"fp32", "student.int8.onnx": b"int8"}.items()):
+        (runs / name).write_bytes(content.replace(b'"precision": "fp32"', b'"precision": "%s"' % precision)[:-1])
+        os.utime(runs / name, (seconds, seconds))
+    result = call_script(*command.split(), cwd=tmp_path)
+    assert result.returncode == 2, "a file that is cut off, so that the command ends at once"
+    assert f"runs/{taken}" in result.stderr
 
 
 def test_evaluate_writes_the_contract_and_agrees_with_training(trained: Path) -> None:
