@@ -114,6 +114,16 @@ class Metadata:
             ) from error
 
     @classmethod
+    def from_onnx(cls, text: str | None, *, origin: Path | str) -> Metadata:
+        """Read what stands under `ONNX_KEY` in an ONNX file; None where that is missing, or the input and output are not ours."""
+        if text is None:
+            raise InputError(
+                f"{origin} was not exported by this toolkit: it has no aicsd-deploy metadata, or not one uint8 input and one output. "
+                "Export the checkpoint with export/to_onnx.py."
+            )
+        return cls.from_json(text, origin=origin)
+
+    @classmethod
     def from_json(cls, text: str, *, origin: Path | str) -> Metadata:
         """Read the JSON form of `to_dict`; see `from_dict`."""
         try:
@@ -121,6 +131,14 @@ class Metadata:
         except json.JSONDecodeError as error:
             raise InputError(f"The metadata in {origin} is damaged ({error}). Export the file again.") from error
         return cls.from_dict(value, origin=origin)
+
+
+def onnx_says(path: Path, key: str, value: str) -> bool:
+    """Return whether an ONNX file's metadata give `key` this `value`.
+
+    Their JSON stands in the file as it is, and so can be asked before there is a runtime or a package to read it.
+    """
+    return f'"{key}": "{value}"'.encode() in path.read_bytes()
 
 
 def _triple(values: Any, kind: type) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import onnx_says
 
 RUNS = Path("runs")
 
@@ -32,10 +33,6 @@ def newest_checkpoint(*, role: str, data: str | None = None) -> Path | None:
     return max(found)[2] if found else None
 
 
-_FLOAT_MARK = b'"precision": "fp32"'
-"""Stands as it is in an ONNX file whose metadata say so, and needs no package to be found there."""
-
-
 def newest_artifact(*, float_only: bool = False) -> Path:
     """Return the newest exported student under runs/, or the newest student's checkpoint where none is exported.
 
@@ -46,7 +43,7 @@ def newest_artifact(*, float_only: bool = False) -> Path:
         InputError: there is neither.
     """
     exported = sorted(RUNS.rglob("student*.onnx"), key=lambda path: path.stat().st_mtime)
-    fitting = (path for path in reversed(exported) if not float_only or _FLOAT_MARK in path.read_bytes())
+    fitting = (path for path in reversed(exported) if not float_only or onnx_says(path, "precision", "fp32"))
     artifact = next(fitting, None) or newest_checkpoint(role="student")
     if artifact is None:
         raise InputError(

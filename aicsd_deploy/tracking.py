@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aicsd_deploy.console import say
-from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import Backend
@@ -143,7 +143,7 @@ def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *,
     """Draw a page of validation images: picture, true labels, predicted labels, evenly spread over the data set."""
     overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
     rows = []
-    for index in sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))}):
+    for index in evenly_spread(len(dataset), count):
         image_rgb, labels = dataset.load(index)
         frame = np.ascontiguousarray(image_rgb[..., ::-1])
         predicted = segment(backend, frame)

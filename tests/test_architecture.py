@@ -22,6 +22,7 @@ LAYERS = (
     (
         "runtime.base",
         "runtime.frames",
+        "runtime.operators",
         "runtime.ort_profile",
         "runtime.ort_backend",
         "runtime.openvino_backend",

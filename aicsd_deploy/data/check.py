@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aicsd_deploy.console import progress, table
-from aicsd_deploy.data.dataset import CachedDataset, FileDataset, SegmentationDataset
+from aicsd_deploy.data.dataset import CachedDataset, FileDataset, SegmentationDataset, evenly_spread
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.metadata import IGNORE_LABEL
@@ -135,9 +134,8 @@ def _same_file(a: Path, b: Path) -> bool:
 def write_overlays(dataset: SegmentationDataset, folder: Path, *, count: int = 6) -> list[Path]:
     """Write a few images with their labels blended over them, evenly spread over the data set, as PNG files."""
     overlay = Overlay(dataset.classes, opacity=0.6)
-    indices: Sequence[int] = sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))})
     paths = []
-    for index in indices:
+    for index in evenly_spread(len(dataset), count):
         image, labels = dataset.load(index)
         frame = np.ascontiguousarray(image[..., ::-1])
         picture = np.hstack([frame, overlay.draw(frame.copy(), labels)])

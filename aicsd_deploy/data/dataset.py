@@ -179,6 +179,11 @@ class CachedDataset(SegmentationDataset):
         return pair
 
 
+def evenly_spread(length: int, count: int) -> list[int]:
+    """Return `count` indices, or all where there are fewer, from the first of `length` to the last."""
+    return sorted({round(i) for i in np.linspace(0, length - 1, min(count, length))})
+
+
 def read_image(path: Path, *, as_stored: bool = False) -> UInt8Array:
     """Read a picture as uint8 (H, W, 3), red, green, blue; grey ones become colour.
 

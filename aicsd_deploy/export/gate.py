@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset, Subset
+from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset, Subset, evenly_spread
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.evaluate import evaluate
-from aicsd_deploy.export.verify import Agreement, compare, evenly_spread, frames_for_comparison
+from aicsd_deploy.export.verify import Agreement, compare, frames_for_comparison
 from aicsd_deploy.runtime.base import Backend
 
 

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from aicsd_deploy.console import percent, progress, say
-from aicsd_deploy.data.dataset import SegmentationDataset, Subset
+from aicsd_deploy.data.dataset import SegmentationDataset, Subset, evenly_spread
 from aicsd_deploy.errors import VerificationError
 from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.export.quantize import Quantizer, Target
@@ -77,9 +75,9 @@ def quantize_within(
     Raises:
         VerificationError: it loses more even with half of its layers in float.
     """
-    calibration = sorted({round(i) for i in np.linspace(0, len(train) - 1, min(frames, len(train)))})
+    calibration = evenly_spread(len(train), frames)
     others = [i for i in range(len(train)) if i not in set(calibration)] or list(range(len(train)))
-    chosen = sorted({others[round(i)] for i in np.linspace(0, len(others) - 1, min(frames, len(others)))})
+    chosen = [others[i] for i in evenly_spread(len(others), frames)]
     held_out = Subset(train, chosen)
     images = frames_for_comparison(Subset(train, calibration), count=len(calibration))
     quantizer = Quantizer(source, images, target=target)

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +58,14 @@ class Recipe:
         activation_type: QUInt8 lets ONNX Runtime's integer kernels fuse the activation into the range; TensorRT reads QInt8 only.
         options: `extra_options` of `quantize_static`.
         on_pixels: the graph is first rewritten so that the first convolution reads uint8 pixels.
+        end: rewrites the end of the graph as is quickest there.
     """
 
     operators: list[str]
     activation_type: QuantType
     options: dict[str, Any]
-    on_pixels: bool
+    on_pixels: bool = False
+    end: Callable[[onnx.ModelProto], None] | None = None
 
 
 # TensorRT's parser takes symmetric ranges, no quantised bias, and no Q/DQ pair that two convolutions share. Only what
@@ -82,10 +84,12 @@ _PIXEL_RANGE = {
     ]
 }
 RECIPES: dict[Target, Recipe] = {
-    "cpu": Recipe(_CHAINS, QuantType.QUInt8, {"TensorQuantOverrides": _PIXEL_RANGE}, on_pixels=True),
-    "openvino": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC, on_pixels=False),
-    "tensorrt": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC, on_pixels=False),
-    "both": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC, on_pixels=False),
+    "cpu": Recipe(
+        _CHAINS, QuantType.QUInt8, {"TensorQuantOverrides": _PIXEL_RANGE}, on_pixels=True, end=end_channels_last
+    ),
+    "openvino": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC, end=end_in_a_row),
+    "tensorrt": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC),
+    "both": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC),
 }
 
 
@@ -120,9 +124,8 @@ class Quantizer:
         self._frames = [as_input(frame, self.metadata) for frame in frames_bgr]
         if self._recipe.on_pixels:
             fold_preprocessing(model, self.metadata)
-            end_channels_last(model)
-        if target == "openvino":
-            end_in_a_row(model)
+        if self._recipe.end is not None:
+            self._recipe.end(model)
         self.layers = [node.name for node in model.graph.node if node.op_type == "Conv"]
         self._scratch = tempfile.TemporaryDirectory(prefix="aicsd.int8.")
         self._source = Path(self._scratch.name) / "float.onnx"

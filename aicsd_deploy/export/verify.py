@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
 from aicsd_deploy.errors import VerificationError
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import resize_image
@@ -35,11 +35,6 @@ class Agreement:
 def frames_for_comparison(dataset: SegmentationDataset, *, count: int) -> list[UInt8Array]:
     """Return real frames, uint8 (H, W, 3) in blue, green, red, evenly spread over a data set."""
     return [np.ascontiguousarray(dataset.load(i)[0][..., ::-1]) for i in evenly_spread(len(dataset), count)]
-
-
-def evenly_spread(length: int, count: int) -> list[int]:
-    """Return `count` indices, or all where there are fewer, from the first of `length` to the last."""
-    return sorted({round(i) for i in np.linspace(0, length - 1, min(count, length))})
 
 
 def compare(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
-from aicsd_deploy.metadata import Metadata
+from aicsd_deploy.metadata import Metadata, onnx_says
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,8 +22,6 @@ UInt8Array = npt.NDArray[np.uint8]
 SUFFIXES = (".pt", ".onnx", ".plan")
 STAGES = ("host_to_device", "preprocessing", "network", "postprocessing", "device_to_host")
 """What a frame goes through, in order; see `Backend.time_stages`."""
-_OPENVINO_MARK = b'"int8_target": "openvino"'
-"""Stands as it is in an ONNX file whose metadata say so, and can be found there before a runtime is chosen to read them."""
 
 
 class Backend(ABC):
@@ -92,6 +90,11 @@ class Backend(ABC):
             raise InputError(f"This artefact takes one frame at a time, not {shape[0]}. Export with --dynamic batch.")
 
 
+def median_stages(runs: Sequence[dict[str, float]], *, kept: Sequence[str] = STAGES) -> dict[str, float]:
+    """Return the median of each stage over several runs, for `Backend.time_stages`."""
+    return {name: float(np.median([run[name] for run in runs])) for name in kept if runs and name in runs[0]}
+
+
 def open_backend(
     path: Path | str, *, device: str = "auto", threads: int | None = None, memory: str = "auto"
 ) -> Backend:
@@ -112,7 +115,7 @@ def open_backend(
         raise InputError(f"{path} is not an artefact this toolkit runs. It takes {', '.join(SUFFIXES)} files.")
     existing_file(path, "The artefact")
     # Each runtime is imported only when a file asks for it, so that a device needs only the one it uses.
-    if path.suffix.lower() == ".onnx" and _OPENVINO_MARK in path.read_bytes():
+    if path.suffix.lower() == ".onnx" and onnx_says(path, "int8_target", "openvino"):
         from aicsd_deploy.runtime.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(path, device=device, threads=threads)

@@ -11,8 +11,8 @@ import numpy as np
 
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
-from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array
-from aicsd_deploy.runtime.ort_profile import stages
+from aicsd_deploy.runtime.base import Backend, UInt8Array, median_stages
+from aicsd_deploy.runtime.operators import stages
 
 
 def import_openvino() -> Any:
@@ -82,7 +82,7 @@ class OpenVinoBackend(Backend):
             runs.append(
                 stages([(p.node_type, p.node_name, p.real_time.total_seconds() * 1000) for p in request.profiling_info])
             )
-        return {name: float(np.median([run[name] for run in runs[1:]])) for name in STAGES if name in runs[-1]}
+        return median_stages(runs[1:])
 
 
 def _reason(error: Exception) -> str:
@@ -92,9 +92,5 @@ def _reason(error: Exception) -> str:
 
 def _read_metadata(model: Any, path: Path) -> Metadata:
     place = ["framework", ONNX_KEY]
-    if not model.has_rt_info(place) or len(model.inputs) != 1 or len(model.outputs) != 1:
-        raise InputError(
-            f"{path} was not exported by this toolkit: it has no aicsd-deploy metadata, or not one input and one output. "
-            "Export the checkpoint with export/to_onnx.py."
-        )
-    return Metadata.from_json(str(model.get_rt_info(place).value), origin=path)
+    ours = len(model.inputs) == len(model.outputs) == 1 and model.has_rt_info(place)
+    return Metadata.from_onnx(str(model.get_rt_info(place).value) if ours else None, origin=path)

@@ -11,8 +11,9 @@ import numpy as np
 
 from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
-from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array
-from aicsd_deploy.runtime.ort_profile import profile, stages
+from aicsd_deploy.runtime.base import Backend, UInt8Array, median_stages
+from aicsd_deploy.runtime.operators import stages
+from aicsd_deploy.runtime.ort_profile import profile
 
 DISABLED_OPTIMIZERS = ["WeightBiasQuantization"]
 """It quantises, per tensor and without calibration, layers that an INT8 file leaves in float: a file that labels 97 % of the
@@ -71,11 +72,8 @@ class OrtBackend(Backend):
         return np.asarray(labels_NHW, dtype=np.uint8)
 
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
-        runs = [
-            stages(run)
-            for run in profile(self._path, self._options, self._providers, DISABLED_OPTIMIZERS, batches_NHWC)
-        ]
-        return {name: float(np.median([run[name] for run in runs])) for name in STAGES if runs and name in runs[0]}
+        runs = profile(self._path, self._options, self._providers, DISABLED_OPTIMIZERS, batches_NHWC)
+        return median_stages([stages(run) for run in runs])
 
     def _assert_provider(self, device: str) -> None:
         """Refuse the silent change to the CPU that ONNX Runtime makes when CUDA's libraries are missing."""
@@ -128,9 +126,5 @@ def _providers(ort: Any, device: str) -> list[Any]:
 def _read_metadata(session: Any, path: Path) -> Metadata:
     text = session.get_modelmeta().custom_metadata_map.get(ONNX_KEY)
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    if text is None or len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != "tensor(uint8)":
-        raise InputError(
-            f"{path} was not exported by this toolkit: it has no aicsd-deploy metadata, or not one uint8 input and one output. "
-            "Export the checkpoint with export/to_onnx.py."
-        )
-    return Metadata.from_json(text, origin=path)
+    ours = len(inputs) == len(outputs) == 1 and inputs[0].type == "tensor(uint8)"
+    return Metadata.from_onnx(text if ours else None, origin=path)

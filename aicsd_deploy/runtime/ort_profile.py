@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from aicsd_deploy.runtime.base import UInt8Array
-
-_HEAVY = re.compile("Conv(?!ert)|MatMul|Gemm|FullyConnected")
-"""Operators with one of these in their name are the network; what runs before or after all of them is not."""
-_COPIES = {"MemcpyFromHost": "host_to_device", "MemcpyToHost": "device_to_host"}
 
 
 def profile(
@@ -51,16 +46,3 @@ def profile(
         [(e["args"]["op_name"], e["name"], e["dur"] / 1000) for e in nodes if start <= e["ts"] <= end]
         for start, end in runs[1:]
     ]
-
-
-def stages(operators: Sequence[Any]) -> dict[str, float]:
-    """Add one run's operators up to the stages of `Backend.time_stages`, in milliseconds."""
-    heavy = [i for i, (kind, _, _) in enumerate(operators) if _HEAVY.search(kind)]
-    if not heavy:
-        return {}
-    times: dict[str, float] = {"preprocessing": 0.0, "network": 0.0, "postprocessing": 0.0}
-    for i, (kind, _, milliseconds) in enumerate(operators):
-        inside = "network" if i <= heavy[-1] else "postprocessing"
-        stage = _COPIES.get(kind, "preprocessing" if i < heavy[0] else inside)
-        times[stage] = times.get(stage, 0.0) + milliseconds
-    return times

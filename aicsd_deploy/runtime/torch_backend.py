@@ -16,7 +16,7 @@ from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import Metadata
-from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array
+from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array, median_stages
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,7 +76,7 @@ class TorchBackend(Backend):
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
         runs = [self._stages_once(batch) for batch in batches_NHWC][1:]
         kept = STAGES if self._device.type == "cuda" else STAGES[1:4]  # on a CPU nothing is moved
-        return {name: float(np.median([run[name] for run in runs])) for name in kept if runs}
+        return median_stages(runs, kept=kept)
 
     def _stages_once(self, frames_NHWC: UInt8Array) -> dict[str, float]:
         marks: list[Any] = [self._mark()]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array
+from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array, median_stages
 from aicsd_deploy.runtime.device_memory import Buffer, DeviceMemory, open_memory
 from aicsd_deploy.runtime.engine_card import EngineCard, holds, read_card, require_gpu_device
 from aicsd_deploy.runtime.tensorrt_module import NAMES, load_tensorrt, logger, require_tensorrt_gpu
@@ -90,7 +90,7 @@ class TensorRTBackend(Backend):
                 runs = [lane.time_once(batch) for batch in batches_NHWC][1:]
         finally:
             self._lanes.put(lane)
-        return {name: float(np.median([run[name] for run in runs])) for name in _STAGES if runs}
+        return median_stages(runs)
 
     def close(self) -> None:
         """Give the GPU's memory back; calls that are running end first."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from aicsd_deploy.checkpoint import load_checkpoint
-from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.runtime.base import Backend, UInt8Array
@@ -48,7 +48,7 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
         backends["teacher"] = _teacher_backend(study, dataset, checkpoint.metadata, device)
     overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
     rows: list[UInt8Array] = []
-    for index in sorted({round(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))}):
+    for index in evenly_spread(len(dataset), count):
         image_rgb, labels = dataset.load(index)
         frame = np.ascontiguousarray(image_rgb[..., ::-1])
         tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}

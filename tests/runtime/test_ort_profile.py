@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aicsd_deploy.runtime.base import open_backend
-from aicsd_deploy.runtime.ort_profile import stages
+from aicsd_deploy.runtime.operators import stages
 
 
 def test_the_network_goes_from_the_first_to_the_last_convolution() -> None:
