@@ -5,7 +5,8 @@
     python export/to_int8.py student.onnx --target tensorrt -o student.trt.int8.onnx
 
 Each runtime wants a file of its own: cpu is quick in ONNX Runtime, openvino runs in OpenVINO (try both on a CPU with VNNI or
-AMX), tensorrt is what its parser takes; both runs in either, but on a CPU slower than float32. A file that loses more mIoU than allowed is not written (exit code 3).
+AMX), tensorrt is what its parser takes; both is that form too, proved as a CPU runs it, where it is slower than float32. A file
+that loses more mIoU than allowed is not written (exit code 3).
 """
 
 from __future__ import annotations
