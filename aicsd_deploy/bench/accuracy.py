@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +34,20 @@ class Accuracy:
     typical_frame: int
 
 
-def score_together(backends: Sequence[Backend], dataset: SegmentationDataset, *, reference: int) -> list[Accuracy]:
+def score_together(
+    backends: Sequence[Backend],
+    dataset: SegmentationDataset,
+    *,
+    reference: int,
+    after_image: Callable[[int], None] = lambda _: None,
+) -> list[Accuracy]:
     """Segment every image with every backend, as each would in use (`segment`), and count the pixels.
+
+    Args:
+        backends: the artefacts.
+        dataset: the labelled images.
+        reference: which of the artefacts the others are held against.
+        after_image: called with an image's index when all backends have segmented it.
 
     Raises:
         InputError: an artefact and the data set have other classes.
@@ -56,6 +68,7 @@ def score_together(backends: Sequence[Backend], dataset: SegmentationDataset, *,
                 matrix.add(predicted, labels)
                 alike[i] += np.count_nonzero(predicted == found[reference])
                 right[index, i] = ((predicted == labels) & counted).sum() / max(1.0, float(counted.sum()))
+            after_image(index)
             advance()
     lost = right[:, [reference]] - right
     lost[:, reference] = 1 - right[:, reference]

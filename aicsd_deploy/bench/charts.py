@@ -21,7 +21,7 @@ def pareto(
     Args:
         names: one for each artefact, as for the other arguments.
         p50_ms: median latency; the axis is logarithmic.
-        intervals_ms: confidence interval of the median, (low, high).
+        intervals_ms: of the median, (low, high).
         miou: fractions, 0 to 1.
     """
     height, left, right, top, bottom = 360, 56, 150, 16, 44

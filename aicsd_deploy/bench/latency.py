@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Latency:
 
     Attributes:
         p50_ms, p90_ms, p95_ms, p99_ms, mean_ms: of all timed frames.
-        p50_interval_ms: 95 % confidence interval of the median, from a bootstrap over blocks of rounds.
+        p50_interval_ms: where a repeat of the run would put the median, in 95 % of the cases (see `median_interval`).
         jitter_ms: standard deviation.
         fps: timed frames by the time they took.
         frames: how many frames were timed.
@@ -61,7 +62,7 @@ class Latency:
         p50, p90, p95, p99 = (float(v) for v in np.percentile(times, [50, 90, 95, 99]))
         low, high = median_interval(rounds_ms)
         mean, jitter = float(times.mean()), float(times.std())
-        noise = [] if len(rounds_ms) > 1 else ["one round of timing has no confidence interval"]
+        noise = [] if len(rounds_ms) > 1 else ["one round of timing has no interval"]
         if not stable:
             noise.append(f"still changing by more than {100 * STABLE:.0f} % after {warmup_frames} warm-up frames")
         if (high - low) / 2 > NOISY_INTERVAL * p50:
@@ -80,14 +81,18 @@ class Latency:
 
 
 def median_interval(rounds_ms: Sequence[Sequence[float]], *, resamples: int = 2000) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the median."""
+    """Return the interval that holds the median of a repeat of the run in 95 % of the cases.
+
+    That is what two reports are held against each other for: a repeat errs as much as the run itself, so that the
+    interval is wider, by the square root of 2, than one that need only hold the true median.
+    """
     return _interval(float(np.median(np.asarray(rounds_ms))), _resampled_medians(rounds_ms, resamples), len(rounds_ms))
 
 
 def ratio_interval(
     rounds_ms: Sequence[Sequence[float]], reference_ms: Sequence[Sequence[float]]
 ) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the ratio of two medians, of backends that took turns in the same rounds.
+    """Return the same interval for the ratio of two medians, of backends that took turns in the same rounds.
 
     What changes the machine's speed from round to round changes both, and their ratio hardly.
     """
@@ -113,44 +118,62 @@ def _resampled_medians(rounds_ms: Sequence[Sequence[float]], resamples: int = 20
 def _interval(median: float, resampled: npt.NDArray[np.float64], rounds: int) -> tuple[float, float]:
     """Return the interval around a median, from medians of resampled rounds.
 
-    What so few blocks show of the scatter is too little: of the 200 runs that tests/bench/test_latency.py simulates,
-    percentiles alone hold the true median in 172. Stretched as Student's t stretches the normal distribution they do in 187.
+    What so few blocks show of the scatter is too little: it is stretched as Student's t stretches the normal
+    distribution. Of the 200 pairs of runs that tests/bench/test_latency.py simulates, the first one's interval holds the
+    second one's median in 192.
     """
     tail = (100 - CONFIDENCE_PERCENT) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
-    stretch = STUDENT_T[min(rounds, BLOCKS)] / NORMAL
+    stretch = math.sqrt(2) * STUDENT_T[min(rounds, BLOCKS)] / NORMAL
     return median - stretch * (median - float(low)), median + stretch * (float(high) - median)
 
 
-def measure_latency(
-    backends: Sequence[Backend], frames_bgr: Sequence[UInt8Array], *, rounds: int = 20, per_round: int = 5
-) -> list[Latency]:
-    """Time several backends in turns, so that drift of the machine's speed hits all of them alike.
+class Stopwatch:
+    """Times several backends in turns, round by round, so that drift of the machine's speed hits all of them alike.
 
     Args:
-        backends: what to time; each gets the frames at its own size and channel order, resized before the clock starts.
+        backends: what to time; each gets the frames at its own size and channel order, resized before the clock starts, and
+            is warmed up at once.
         frames_bgr: real frames, uint8 (H, W, 3).
-        rounds: how often every backend has its turn; each round starts with another one.
         per_round: timed frames in a turn; one more before them, not timed, brings the backend's data back into the caches.
     """
-    prepared = [prepare_frames(backend, frames_bgr) for backend in backends]
-    times_ms: list[list[list[float]]] = [[] for _ in backends]
-    warm = [_warm_up(backend, frames) for backend, frames in zip(backends, prepared, strict=True)]
+
+    def __init__(self, backends: Sequence[Backend], frames_bgr: Sequence[UInt8Array], *, per_round: int = 5) -> None:
+        self._backends, self._per_round = backends, per_round
+        self._prepared = [prepare_frames(backend, frames_bgr) for backend in backends]
+        self._warm = [_warm_up(backend, frames) for backend, frames in zip(backends, self._prepared, strict=True)]
+        self._times_ms: list[list[list[float]]] = [[] for _ in backends]
+        self._rounds = 0
+
+    def run_round(self) -> None:
+        """Give every backend its turn; each round starts with another one."""
+        for place in range(len(self._backends)):
+            which = (self._rounds + place) % len(self._backends)
+            backend, frames = self._backends[which], self._prepared[which]
+            backend.infer(frames[self._rounds % len(frames)])
+            start = self._rounds * self._per_round
+            turn = [_infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + self._per_round)]
+            self._times_ms[which].append(turn)
+        self._rounds += 1
+
+    def latencies(self) -> list[Latency]:
+        """Return what was measured, in the order of the backends."""
+        return [
+            Latency.of(times, warmup_frames=count, stable=stable)
+            for times, (count, stable) in zip(self._times_ms, self._warm, strict=True)
+        ]
+
+
+def measure_latency(
+    backends: Sequence[Backend], frames_bgr: Sequence[UInt8Array], *, rounds: int, per_round: int = 5
+) -> list[Latency]:
+    """Time several backends in so many rounds, one after the other (see `Stopwatch`)."""
+    stopwatch = Stopwatch(backends, frames_bgr, per_round=per_round)
     with progress("timing", rounds) as advance:
-        for turn in range(rounds):
-            for place in range(len(backends)):
-                which = (turn + place) % len(backends)
-                backend, frames = backends[which], prepared[which]
-                backend.infer(frames[turn % len(frames)])
-                start = turn * per_round
-                times_ms[which].append(
-                    [_infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + per_round)]
-                )
+        for _ in range(rounds):
+            stopwatch.run_round()
             advance()
-    return [
-        Latency.of(times, warmup_frames=count, stable=stable)
-        for times, (count, stable) in zip(times_ms, warm, strict=True)
-    ]
+    return stopwatch.latencies()
 
 
 def prepare_frames(backend: Backend, frames_bgr: Sequence[UInt8Array]) -> list[UInt8Array]:

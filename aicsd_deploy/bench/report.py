@@ -11,7 +11,7 @@ from typing import Any
 from aicsd_deploy.bench.accuracy import score_together
 from aicsd_deploy.bench.environment import environment
 from aicsd_deploy.bench.footprint import count_work, measure_footprint
-from aicsd_deploy.bench.latency import measure_latency, prepare_frames, ratio_interval
+from aicsd_deploy.bench.latency import Stopwatch, prepare_frames, ratio_interval
 from aicsd_deploy.bench.loadgen import require_loadgen, run_loadgen
 from aicsd_deploy.bench.machine_load import watch_machine
 from aicsd_deploy.bench.peak import measure_peak
@@ -68,10 +68,17 @@ def benchmark(
         backends = [stack.enter_context(open_backend(path, **how)) for path in paths]
         for path, backend in zip(paths, backends, strict=True):
             say(f"{path}: {backend.name} on {backend.device}")
-        accuracies = score_together(backends, dataset, reference=reference)
         frames = frames_for_comparison(dataset, count=TIMED_FRAMES)
         with watch_machine() as load:
-            latencies = measure_latency(backends, frames, rounds=rounds)
+            stopwatch = Stopwatch(backends, frames)
+
+            def time_some(index: int) -> None:
+                for _ in range((index + 1) * rounds // len(dataset) - index * rounds // len(dataset)):
+                    stopwatch.run_round()
+
+            # Rounds of timing are spread over the scoring, so that they see how the machine's speed drifts meanwhile
+            accuracies = score_together(backends, dataset, reference=reference, after_image=time_some)
+            latencies = stopwatch.latencies()
         peaks = {device: measure_peak(device) for device in dict.fromkeys(backend.device for backend in backends)}
         rows = []
         with progress("stages, batches, memory", len(paths)) as advance:

@@ -192,15 +192,17 @@ def method(report: dict[str, Any]) -> str:
     sizes = ", ".join(sorted({"x".join(map(str, row["image_size_hw"])) for row in rows}))
     reference = names_of(report)[report["reference"]]
     return (
-        f"mIoU on {report['data']} ({report['split']}, {rows[0]['images']} images), at the size of the labels; agreement with "
-        f"{reference}, in pixels. Latency is host to host, uint8 frame in and uint8 labels out (normalisation, upsampling and "
-        f"argmax included), one frame at a time at {sizes} (HxW): {rows[0]['frames']} real frames per artefact after a warm-up "
-        "until the time is stable, in rounds that every artefact has its turn in, no outlier dropped. The interval is the 95 % "
-        "confidence interval of the median (block bootstrap over rounds); jitter is the standard deviation. Stages come from a "
-        "pass of their own with the runtime's profiler, which costs time itself, so they add up to about the median. Best fps: "
-        "each artefact alone, in the batch that gives most. GFLOP counts convolutions and matrix products, a multiplication and "
-        "an addition as two; the share of the peak is that of the float32 peak, also for INT8, and of the bandwidth if no layer "
-        "found its input in a cache, so that it can exceed 100. Memory is the most that a fresh process held, its runtime included."
+        f"mIoU on {report['data']} ({report['split']}, {rows[0]['images']} images), at the size of the labels; agreement "
+        f"with {reference}, in pixels. Latency is host to host, uint8 frame in and uint8 labels out (normalisation, "
+        f"upsampling and argmax included), one frame at a time at {sizes} (HxW): {rows[0]['frames']} real frames per "
+        "artefact after a warm-up until the time is stable, in rounds that every artefact has its turn in, spread over "
+        "the scoring, no outlier dropped. The interval is where a repeat of the run would put the median, in 95 % of the "
+        "cases (block bootstrap over rounds); jitter is the standard deviation. Stages come from a pass of their own with "
+        "the runtime's profiler, which costs time itself, so they add up to about the median. Best fps: each artefact "
+        "alone, in the batch that gives most. GFLOP counts convolutions and matrix products, a multiplication and an "
+        "addition as two; the share of the peak is that of the float32 peak, also for INT8, and of the bandwidth if no "
+        "layer found its input in a cache, so that it can exceed 100. Memory is the most that a fresh process held, its "
+        "runtime included."
     )
 
 

@@ -19,6 +19,7 @@ from aicsd_deploy.bench import charts, tables, throughput
 from aicsd_deploy.bench import report as report_module
 from aicsd_deploy.bench.footprint import count_work
 from aicsd_deploy.bench.gpu_meter import GpuMeter
+from aicsd_deploy.bench.latency import Stopwatch
 from aicsd_deploy.bench.peak import Peak, measure_peak
 from aicsd_deploy.bench.pictures import LOST_BGR, OTHER_BGR, WON_BGR, draw_difference
 from aicsd_deploy.bench.report_files import to_markdown, write_report
@@ -140,6 +141,16 @@ def test_the_json_is_complete(report: dict[str, Any]) -> None:
     agreements = [row["agreement"] for row in report["artifacts"]]
     assert agreements[1] == 1.0, "with itself"
     assert 0.5 < agreements[0] < 1.0
+
+
+def test_rounds_of_timing_are_spread_over_the_scoring(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    dataset, order = open_dataset("folder:data", "val"), list[str]()
+    load, run_round = dataset.load, Stopwatch.run_round
+    monkeypatch.setattr(dataset, "load", lambda index: order.append("image") or load(index))
+    monkeypatch.setattr(Stopwatch, "run_round", lambda self: order.append("round") or run_round(self))
+    report_module.benchmark([Path(ONNX)], dataset, device="cpu", threads=1, rounds=2 * len(dataset), pictures=False)
+    assert " ".join(order).count("image round round") == len(dataset)
 
 
 def test_work_is_counted_alike_in_both_kinds_of_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
