@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +141,7 @@ class Trainer:
         with progress(f"training {self.metadata.model}", self._total - at.step) as advance, profiled(trace) as profile:
             for batch in clock.waiting_for(batches):
                 logs = at.step % config.log_every == 0 or at.step == self._total - 1
-                values = self._take(batch.to(self.device), logs=logs)
+                values = self._take(batch, logs=logs)
                 at.step += 1
                 due, saves = self._validation_is_due(), at.step % config.save_every == 0
                 if logs or due or saves or self.device.type == "cpu":  # elsewhere nothing is asked of the GPU
@@ -160,7 +161,7 @@ class Trainer:
                 profile()
                 advance(note)
 
-    def _batches(self, start: int, end: int, *, workers: int = 0, share: tuple[int, int] = (0, 1)) -> Any:
+    def _batches(self, start: int, end: int, *, workers: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """Return the batches of steps `start` to `end - 1`; a share of each, or the whole."""
         config = self.config
         return training_batches(
@@ -178,7 +179,7 @@ class Trainer:
             start_step=start,
             total_steps=end,
             workers=workers,
-            pin_memory=self.device.type == "cuda",
+            device=self.device,
             share=share,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class Batch:
 
     Attributes:
         images_BCHW: uint8, red, green, blue.
-        labels_BHW: class indices, 255 where ignored: uint8 from the loader (an eighth of the upload), int64 from `to` on.
+        labels_BHW: class indices, 255 where ignored: int64, but uint8 until they are uploaded (an eighth of the bytes).
         step_labels_BHW: where this is a part of what the process sees in the step, the labels of all its parts.
     """
 
@@ -49,14 +49,16 @@ class Batch:
         return [Batch(images, labels, self.labels_BHW) for images, labels in pairs]
 
 
-class _Augmented(Dataset[tuple[Tensor, Tensor]]):
+class _Augmented(Dataset[tuple[Tensor, Tensor, int]]):
     def __init__(self, dataset: SegmentationDataset, augmentation: Augmentation, seed: int) -> None:
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
 
-    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor]:
-        return self.augmentation(self.dataset.load(key[1]), seed=derived_seed("augment", self.seed, *key))
+    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor, int]:
+        """Return a picture, its labels and the seed of the colours that it is to get."""
+        image, labels = self.augmentation(self.dataset.load(key[1]), seed=derived_seed("augment", self.seed, *key))
+        return image, labels, derived_seed("colors", self.seed, *key)
 
 
 class _StepSampler(Sampler[list[_Key]]):
@@ -105,15 +107,17 @@ def training_batches(
     start_step: int,
     total_steps: int,
     workers: int,
-    pin_memory: bool,
+    device: torch.device,
     share: tuple[int, int] = (0, 1),
-) -> Iterable[Batch]:
-    """Return the batches of steps `start_step` to `total_steps - 1`, or of each the share of one of several processes.
+) -> Iterator[Batch]:
+    """Yield the batches of steps `start_step` to `total_steps - 1` on a device, or of each the share of one of several processes.
 
     A step's batch is the same whatever step the loader starts from and however many workers and processes there are.
 
     Args:
         batch_size: images of a step, over all processes.
+        workers: processes that read, scale, crop and flip; 0: this one.
+        device: where the batches go, and get other colours.
         share: (rank, number of processes), a number that divides `batch_size`.
     """
     loader: DataLoader[Any] = DataLoader(
@@ -123,10 +127,12 @@ def training_batches(
         worker_init_fn=_leave_signals_to_the_parent,
         prefetch_factor=4 if workers else None,
         collate_fn=_collate,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws from the global one
     )
-    return loader  # of what the collate function makes
+    for batch, color_seeds in loader:
+        uploaded = batch.to(device)
+        yield Batch(augmentation.recolor(uploaded.images_BCHW, seeds=color_seeds), uploaded.labels_BHW)
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
@@ -135,5 +141,6 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(pairs: list[tuple[Tensor, Tensor]]) -> Batch:
-    return Batch(torch.stack([image for image, _ in pairs]), torch.stack([labels for _, labels in pairs]))
+def _collate(items: list[tuple[Tensor, Tensor, int]]) -> tuple[Batch, list[int]]:
+    images, labels, color_seeds = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.stack(labels)), list(color_seeds)

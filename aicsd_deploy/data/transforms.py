@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ def derived_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random scale, crop, flip and photometric change.
+    """Random scale, crop and flip of a picture; photometric change of a batch, on the device that it lies on.
 
     Attributes:
         image_size_hw: size that the network works on.
@@ -68,6 +69,19 @@ class Augmentation:
         ]
         if self.flip:
             steps.append(v2.RandomHorizontalFlip())
-        if self.color_jitter > 0:
-            steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
         return v2.Compose(steps)
+
+    def recolor(self, images_BCHW: Tensor, *, seeds: Sequence[int]) -> Tensor:
+        """Return pictures, uint8 (B, 3, H, W), in other colours, each by its seed.
+
+        It is half of the work or more, and next to nothing for a GPU; so it is not done picture by picture by the workers.
+        """
+        if self.color_jitter == 0:
+            return images_BCHW
+        jitter = v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter)
+        recolored = []
+        with torch.random.fork_rng(devices=[]):
+            for image, seed in zip(images_BCHW, seeds, strict=True):
+                torch.default_generator.manual_seed(seed)  # what is drawn is drawn on the host
+                recolored.append(jitter(image))
+        return torch.stack(recolored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ MOST_IN_A_ROW = 10
 class BrokenSteps:
     """Stops the run at a broken step, or notes it and lets the run go on, as `--on-broken-step` says."""
 
-    def __init__(self, config: TrainConfig, out: Path, batches: Callable[[int, int], Iterable[Batch]]) -> None:
+    def __init__(self, config: TrainConfig, out: Path, batches: Callable[[int, int], Iterator[Batch]]) -> None:
         self._skips = config.on_broken_step == "skip"
         self._out = out
         self._batches = batches
@@ -60,7 +60,7 @@ class BrokenSteps:
 
     def _keep_batch(self, broken: BrokenStep, path: Path) -> None:
         """Make the batch once more (it depends on the seed and the step alone) and keep it for a look."""
-        batch = next(iter(self._batches(broken.step, broken.step + 1)))
+        batch = next(self._batches(broken.step, broken.step + 1)).to(torch.device("cpu"))
         content = {"step": broken.step, "values": broken.values}
         with atomic_path(path) as temporary:
             torch.save(content | {"images_BCHW": batch.images_BCHW, "labels_BHW": batch.labels_BHW}, temporary)

@@ -33,7 +33,7 @@ def batches(
         start_step=start,
         total_steps=total,
         workers=workers,
-        pin_memory=False,
+        device=torch.device("cpu"),
         share=share,
     )
     return list(loader)
@@ -59,8 +59,7 @@ def test_shapes_types_and_the_global_generator(folder_data: Path) -> None:
     batch = batches(folder_data, total=1)[0]
     assert torch.equal(before, torch.random.get_rng_state())
     assert (batch.images_BCHW.shape, batch.images_BCHW.dtype) == ((5, 3, 32, 40), torch.uint8)
-    assert (batch.labels_BHW.shape, batch.labels_BHW.dtype) == ((5, 32, 40), torch.uint8)
-    assert batch.to(torch.device("cpu")).labels_BHW.dtype == torch.int64, "what losses take"
+    assert (batch.labels_BHW.shape, batch.labels_BHW.dtype) == ((5, 32, 40), torch.int64)
 
 
 def test_processes_and_parts_share_every_step_out(folder_data: Path) -> None:
@@ -87,6 +86,16 @@ def test_picture_and_labels_move_together_and_padding_is_ignored() -> None:
         assert agree.float().mean() > 0.9, "only edges blurred by the resizing may differ"
         assert (picture[:, ~inside] == 114).all()
     assert 3 < padded < 17, "pictures are made smaller about half of the time"
+
+
+def test_every_picture_gets_colours_by_its_own_seed() -> None:
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augmentation = Augmentation((8, 8), color_jitter=0.5)
+    together = augmentation.recolor(images, seeds=[4, 5, 4])
+    assert together.dtype == torch.uint8
+    assert torch.equal(augmentation.recolor(images[1:2], seeds=[5]), together[1:2])
+    assert not torch.equal(augmentation.recolor(images[1:2], seeds=[4]), together[1:2])
+    assert torch.equal(Augmentation((8, 8), color_jitter=0.0).recolor(images, seeds=[4, 5, 4]), images)
 
 
 def test_batch_size_larger_than_the_data_is_refused(folder_data: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from aicsd_deploy.config import DistillConfig, MethodConfig, TrainConfig
 from aicsd_deploy.data.loader import Batch
+from aicsd_deploy.data.transforms import Augmentation
 from aicsd_deploy.distiller import Distiller
 from aicsd_deploy.errors import AicsdError
 from aicsd_deploy.models import build_model
@@ -64,6 +65,18 @@ def test_a_step_does_not_wait_for_the_gpu(precision: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert taker.guard.broken_steps() == []
+
+
+def test_colours_are_those_of_the_cpu_and_nothing_is_waited_for() -> None:
+    images, augmentation = batch().images_BCHW, Augmentation((64, 64))
+    uploaded = images.to(GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = augmentation.recolor(uploaded, seeds=[1, 2, 3, 4])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    difference = ours.cpu().int() - augmentation.recolor(images, seeds=[1, 2, 3, 4]).int()
+    assert difference.abs().max() <= 2, "roundings of three changes"
 
 
 def test_low_precision_gives_about_the_losses_of_float32() -> None:
