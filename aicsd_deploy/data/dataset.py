@@ -229,10 +229,11 @@ def read_mask(path: Path, *, colors: Mapping[RGB, int | None] | None = None) -> 
         _refuse_turned(picture, path)
         if picture.mode in ("RGB", "RGBA") and colors is not None:
             return _from_colors(np.asarray(picture.convert("RGB")), colors, path)
-        if picture.mode not in ("L", "P", "1", "I", "I;16"):
+        if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
+            colored = "" if colors is None else ", or red, green and blue in the colours of the classes"
             raise InputError(
-                f"{path} is a colour picture (mode {picture.mode}), but labels must be index masks: one channel, whose "
-                "values are class indices. Convert the colours to indices first."
+                f"{path} is a picture of mode {picture.mode}, but labels must be index masks: one channel of whole numbers, "
+                f"which are class indices{colored}. Convert it first."
             )
         values = np.asarray(picture)
         if values.size and (values.max() > 255 or values.min() < 0):
@@ -273,9 +274,9 @@ def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int | None], path
     unknown = [color for color in triples if color not in values_of]
     if unknown:
         raise InputError(
-            f"{path} is a colour picture with {len(unknown)} colours that no class has, {unknown[0]} for one. Add them to "
-            "classes.txt, or, if it was saved as JPEG or resized smoothly, make it anew without: colours between two classes "
-            "mean nothing."
+            f"{path} is a colour picture with {len(unknown)} colours that no class has, {unknown[0]} for one. If it was "
+            "saved as JPEG or resized smoothly, make it anew without: colours between two classes mean nothing. Else correct "
+            "the colours in the class list."
         )
     values = np.array([values_of[color] for color in triples], dtype=np.uint8)
     return np.asarray(values[where].reshape(packed.shape))
