@@ -80,7 +80,7 @@ def open_teacher(
     elif path.exists() or not rest:
         found = _from_file(path)
     elif kind == "hf":
-        found = _from_transformers(rest)
+        found = _from_transformers(str(Path(rest).expanduser()))
     elif kind == "torchvision":
         found = _from_torchvision(rest)
     elif kind == "smp":
@@ -167,12 +167,16 @@ def _from_transformers(name: str) -> _Found:
             f"hf:{name} cannot be loaded as a semantic-segmentation network of transformers ({type(error).__name__}: "
             f"{first_line(error)}). Give a folder that save_pretrained wrote, or a name on the hub and a network connection."
         ) from error
-    missing = sorted(key for key in loaded["missing_keys"] if not key.endswith("num_batches_tracked"))
-    if missing:  # transformers fills them with random numbers
+    missing = set(loaded["missing_keys"])  # transformers fills them with random numbers
+    untrained = [
+        part
+        for part, module in model.named_children()
+        if (names := {f"{part}.{name}" for name, _ in module.named_parameters()}) and names <= missing
+    ]
+    if any(not part.startswith("auxiliary") for part in untrained):  # auxiliary heads serve in training only
         raise InputError(
-            f"hf:{name} has no weights for {len(missing)} tensors of {type(model).__name__}, {missing[0]} for one: it is a "
-            "backbone or a network of another task, and with a random head it would teach noise. Give one that was trained for "
-            "semantic segmentation."
+            f"hf:{name} has no weights for {', '.join(untrained)} of {type(model).__name__}: it is a backbone or a network of "
+            "another task, and with a random head it would teach noise. Give one that was trained for semantic segmentation."
         )
     labels = [str(label) for _, label in sorted(model.config.id2label.items())]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
