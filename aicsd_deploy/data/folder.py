@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import RGB, FileDataset, FilePair
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
@@ -131,6 +132,11 @@ def pair_up(images: Path, labels: Path, *, stems: list[str] | None = None, label
             raise InputError(f"{images} has no image {stem!r}, which the split's list names.")
         if stem not in label_files:
             raise InputError(f"{labels} has no label file for the image {image_files[stem].name}.")
+    alone = sorted(label_files.keys() - image_files.keys())
+    if alone and stems is None:
+        say(
+            f"{len(alone)} of the masks in {labels} have no image and are left out, {label_files[alone[0]].name} for one."
+        )
     return [FilePair(image_files[stem], label_files[stem]) for stem in chosen]
 
 

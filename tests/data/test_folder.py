@@ -295,6 +295,16 @@ def test_training_images_of_one_class_are_refused(folder_data: Path) -> None:
     assert check_dataset(open_dataset(f"folder:{folder_data}", "val")).pixels[1] == 0
 
 
+def test_masks_without_an_image_are_said(folder_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their images may have been lost, or have a format that is not read."""
+    (folder_data / "train/images/000.png").rename(folder_data / "train/images/000.gif")
+    open_dataset(f"folder:{folder_data}", "train")
+    assert "1 of the masks" in capsys.readouterr().err
+    (folder_data / "train.txt").write_text("001\n")
+    open_dataset(f"folder:{folder_data}", "train")
+    assert not capsys.readouterr().err
+
+
 def test_files_that_macos_leaves_beside_others_are_passed_over(folder_data: Path) -> None:
     for kind in ("images", "labels"):
         (folder_data / "train" / kind / "._000.png").write_bytes(b"\0\5\x16\7")
