@@ -237,6 +237,25 @@ def test_indices_count_where_the_palette_is_not_that_of_the_classes(palette: lis
     assert (open_dataset(f"folder:{folder_data}", "train").load(0)[1] == before).all()
 
 
+def test_greys_count_where_a_palette_holds_the_label_values(folder_data: Path) -> None:
+    """What oxipng makes of an index mask; greys that are no label values, or black and white, are there to be looked at."""
+    path = folder_data / "train/labels/000.png"
+    before = np.asarray(Image.open(path))
+    assert sorted(np.unique(before)) == [0, 1, 2, 255]
+    order = np.array([2, 255, 0, 1])
+    mask = Image.fromarray(np.argsort(order)[np.searchsorted(np.sort(order), before)].astype(np.uint8))
+    for palette, expected in (
+        (order, before),
+        ([0, 85, 170, 255], np.asarray(mask)),
+        ([0, 255, 0, 255], np.asarray(mask)),
+    ):
+        mask.putpalette(np.repeat(palette, 3).tolist())
+        mask.save(path)
+        with (folder_data / "classes.txt").open("a") as file:
+            file.write("3 purple 9 0 9\n" if palette is order else "")
+        assert (open_dataset(f"folder:{folder_data}", "train").load(0)[1] == expected).all()
+
+
 def test_all_images_in_one_folder_with_split_lists(folder_data: Path, tmp_path: Path) -> None:
     for kind in ("images", "labels"):
         shutil.move(folder_data / "train" / kind, folder_data / kind)
