@@ -86,7 +86,7 @@ def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[s
         if _plain(str(name)) not in wanted:
             raise InputError(f"{path}: {name!r} is no class of the data set. It has {', '.join(ours)}.")
         for source in sources if isinstance(sources, list) else [] if sources is None else [sources]:
-            index = source if isinstance(source, int) else None
+            index = source if type(source) is int else None  # not True, which `yes` is in YAML
             if index is None and _plain(str(source)) in plain:
                 index = plain.index(_plain(str(source)))
             if index is None or not 0 <= index < count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -341,14 +342,18 @@ def read_mapping(path: Path, what: str, *, holds: str) -> dict[Any, Any]:
     """Return the mapping that a YAML file holds; `what` and `holds` name the file and its content in messages.
 
     Raises:
-        InputError: there is no such file, or it is no YAML mapping.
+        InputError: there is no such file, it is no YAML mapping, or it has a line twice, of which YAML takes the last.
     """
     try:
-        content = yaml.safe_load(existing_file(path, what).read_text(encoding="utf-8"))
+        text = existing_file(path, what).read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(tree, yaml.MappingNode):
         raise InputError(f"{path} must hold {holds}.")
+    twice = [name for name, count in Counter(key.value for key, _ in tree.value).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} has {twice[0]!r} twice, and only one can hold. Leave one of the two lines.")
     return content
 
 

@@ -35,7 +35,7 @@ class Teacher:
 
     Attributes:
         name: what the user called it.
-        network: normalised images (B, 3, H, W) to logits (B, C, h, w) in the order of the student's classes; in eval mode.
+        network: normalised images (B, 3, H, W) to logits (B, C, h, w) in the order of the student's classes; float32, in eval mode.
         metadata: its normalisation and the student's classes; the image size is the one it was trained at, where it says one.
         digest: SHA-256 of its file, or of its weights.
         known_classes: the student's classes that it knows; None: all.
@@ -80,7 +80,7 @@ def open_teacher(
     elif path.exists() or not rest:
         found = _from_file(path)
     elif kind == "hf":
-        found = _from_transformers(rest)
+        found = _from_transformers(str(Path(rest).expanduser()))
     elif kind == "torchvision":
         found = _from_torchvision(rest)
     elif kind == "smp":
@@ -89,7 +89,7 @@ def open_teacher(
         found = _Found(
             LogitsOf(load_callable(name, len(classes), from_artifact=from_artifact)), None, _plain_metadata(name)
         )
-    network = found.network.eval()
+    network = found.network.float().eval()  # files of half precision: the run chooses its own (`--precision`)
     count = len(found.class_names) if found.class_names is not None else _count_classes(network, name)
     groups = match_classes(found.class_names, count, [c.name for c in classes], class_map=class_map, teacher=name)
     if groups is not None:
@@ -159,12 +159,25 @@ def _from_transformers(name: str) -> _Found:
             f"hf:{name} needs transformers. Install it with: pip install 'aicsd-deploy[models]'"
         ) from error
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(name, trust_remote_code=False)
+        model, loaded = AutoModelForSemanticSegmentation.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # whatever the hub, the network or the files raise
         raise InputError(
             f"hf:{name} cannot be loaded as a semantic-segmentation network of transformers ({type(error).__name__}: "
             f"{first_line(error)}). Give a folder that save_pretrained wrote, or a name on the hub and a network connection."
         ) from error
+    missing = set(loaded["missing_keys"])  # transformers fills them with random numbers
+    untrained = [
+        part
+        for part, module in model.named_children()
+        if (names := {f"{part}.{name}" for name, _ in module.named_parameters()}) and names <= missing
+    ]
+    if any(not part.startswith("auxiliary") for part in untrained):  # auxiliary heads serve in training only
+        raise InputError(
+            f"hf:{name} has no weights for {', '.join(untrained)} of {type(model).__name__}: it is a backbone or a network of "
+            "another task, and with a random head it would teach noise. Give one that was trained for semantic segmentation."
+        )
     labels = [str(label) for _, label in sorted(model.config.id2label.items())]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     metadata = _plain_metadata(f"hf:{name}")
@@ -219,13 +232,18 @@ def _from_torchvision(rest: str) -> _Found:
     classifier = (
         [k for k in state if k.startswith("classifier.") and k.endswith(".weight")] if isinstance(state, dict) else []
     )
+    if not classifier:
+        raise InputError(
+            f"{path} does not hold the state dict of torchvision's {name}: no tensor is named classifier.… Write it with "
+            "torch.save(model.state_dict(), FILE)."
+        )
     try:
         count = state[classifier[-1]].shape[0]
         auxiliary = any(k.startswith("aux_classifier.") for k in state)
         options = {} if name.startswith("lraspp") else {"aux_loss": auxiliary}
         model = tv.get_model(name, weights=None, weights_backbone=None, num_classes=count, **options)
         model.load_state_dict(state)
-    except (IndexError, RuntimeError, AttributeError, TypeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise InputError(f"{path} does not hold the state dict of torchvision's {name}: {first_line(error)}") from error
     return _Found(LogitsOf(model), voc if count == len(voc) else None, metadata, sha256(path))
 
@@ -244,7 +262,8 @@ def _from_smp(folder: str) -> _Found:
             f"{folder} is none. A network without trained weights teaches nothing."
         )
     try:
-        model: Any = smp.from_pretrained(str(Path(folder).expanduser()))
+        # Without the activation that it may end in: logits are compared here.
+        model: Any = smp.from_pretrained(str(Path(folder).expanduser()), activation=None)
     except Exception as error:  # whatever the file or the library raises
         raise InputError(f"smp:{folder} cannot be loaded ({type(error).__name__}: {first_line(error)}).") from error
     metadata, encoder = _plain_metadata(f"smp:{folder}"), str(model.config["encoder_name"])
@@ -264,6 +283,11 @@ def _count_classes(network: nn.Module, name: str) -> int:
         raise InputError(f"The teacher {name} cannot take a 128x128 image: {first_line(error)}") from error
     if not isinstance(output, Tensor) or output.ndim != 4:
         raise InputError(f"The teacher {name} must give logits (B, C, h, w), not {type(output).__name__}.")
+    if output.min() >= 0 and torch.allclose(output.sum(dim=1), torch.ones(())):
+        raise InputError(
+            f"The teacher {name} gives probabilities, but logits are compared here, and softmax of probabilities is nearly the "
+            "same for all classes. Leave out its softmax."
+        )
     return output.shape[1]
 
 

@@ -35,6 +35,7 @@ LAYERS = (
         "metrics",
         "data.dataset",
         "data.folder",
+        "data.camvid",
         "data.voc",
         "data.cityscapes",
         "data.spec",

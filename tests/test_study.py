@@ -86,6 +86,10 @@ def test_what_a_cell_cannot_be_is_said_before_anything_runs(studied: Path) -> No
     result = study(studied, "--methods", "none", "--epochs", "3")
     assert result.returncode == 2
     assert "epochs: was 2, now 3" in result.stderr
+    (studied / "longer.yaml").write_text(RECIPE.replace("epochs: 4", "epochs: 5"))
+    result = study(studied, "--config", "longer.yaml")
+    assert result.returncode == 2
+    assert re.search(r"out/teacher holds a run with other settings:\n  epochs: was 4, now 5", result.stderr)
     result = study(studied, "--qat")
     assert result.returncode == 2
     assert "needs --init" in result.stderr

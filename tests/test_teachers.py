@@ -75,6 +75,32 @@ def test_what_a_processor_does_to_the_pixels_is_done_or_refused(tmp_path: Path) 
             open_teacher(f"hf:{tmp_path / str(number)}", CLASSES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_of_half_precision_is_computed_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = save_segformer(tmp_path / "hf", ["red", "green", "blue"]).to(dtype)
+    model.save_pretrained(tmp_path / "hf")  # type: ignore[operator]
+    teacher = open_teacher(f"hf:{tmp_path / 'hf'}", CLASSES)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.network(IMAGES), model.float()(IMAGES).logits)
+
+
+def test_a_network_without_a_trained_head_is_refused(tmp_path: Path) -> None:
+    """transformers gives a backbone a random head, and says so only on the screen."""
+    model = save_segformer(tmp_path / "hf", ["red", "green", "blue"])
+    model.segformer.save_pretrained(tmp_path / "hf")  # type: ignore[operator,union-attr]
+    with pytest.raises(InputError, match="has no weights for decode_head of SegformerForSemanticSegmentation"):
+        open_teacher(f"hf:{tmp_path / 'hf'}", CLASSES)
+
+
+def test_probabilities_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "softened.py").write_text(
+        "from torch import nn\n\ndef network(n):\n    return nn.Sequential(nn.Conv2d(3, n, 1), nn.Softmax(dim=1))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match="gives probabilities"):
+        open_teacher("softened:network", CLASSES)
+
+
 def test_unnamed_classes_are_taken_in_order_and_another_number_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +127,8 @@ def test_a_class_map_merges_and_leaves_out(tmp_path: Path) -> None:
         ("red: water", "no class of the teacher"),
         ("red: 7", "no class of the teacher"),
         ("red: fire", "fewer than two"),
+        ("red: yes\ngreen: fire", "True is no class of the teacher"),
+        ("red: fire\ngreen: grass\nred: rust", "has 'red' twice"),
         ("red: fire\ngreen: [grass, FIRE]", "'FIRE' twice"),
         ("red: [fire, 1]\ngreen: grass", "1 twice"),
         ("- red", "must hold lines"),
@@ -121,6 +149,9 @@ def test_torchvision_and_smp_from_files(tmp_path: Path, capsys: pytest.CaptureFi
         torch.testing.assert_close(teacher.network(IMAGES), model(IMAGES)["out"])
     with pytest.raises(InputError, match=r"(?s)21 classes: background.*--class-map"):
         open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'tv.pth'}", CLASSES)
+    torch.save({"model": model.state_dict()}, tmp_path / "nested.pth")
+    with pytest.raises(InputError, match=r"no tensor is named classifier.*state_dict\(\)"):
+        open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'nested.pth'}", VOC_CLASSES)
     with pytest.raises(InputError, match="no segmentation network 'resnet18'"):
         open_teacher("torchvision:resnet18", CLASSES)
     model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()
@@ -135,6 +166,11 @@ def test_torchvision_and_smp_from_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert "statistics" not in capsys.readouterr().err
     with pytest.raises(InputError, match="save_pretrained"):
         open_teacher("smp:Unet:resnet34", CLASSES)
+    model = smp.FPN("resnet18", encoder_weights=None, classes=3, activation="softmax2d").eval()
+    model.save_pretrained(tmp_path / "softmax")
+    with torch.no_grad():
+        logits = open_teacher(f"smp:{tmp_path / 'softmax'}", CLASSES).network(IMAGES)
+        torch.testing.assert_close(logits.softmax(dim=1), model(IMAGES))
 
 
 def published_state(classes: int) -> tuple[dict[str, torch.Tensor], nn.Module]:

@@ -68,7 +68,8 @@ def check_dataset(dataset: SegmentationDataset) -> DataReport:
     """Load every image and its labels once.
 
     Raises:
-        InputError: with up to ten of the files that cannot be used, each with the reason; or no pixel has a label.
+        InputError: with up to ten of the files that cannot be used, each with the reason; or no pixel has a label, or those of
+            the training images all have the same.
     """
     classes = len(dataset.classes)
     counts = np.zeros((len(dataset), classes + 1), dtype=np.int64)
@@ -104,9 +105,16 @@ def check_dataset(dataset: SegmentationDataset) -> DataReport:
             "Usually these are masks in the place of images. If they are grey pictures, save them with three equal channels "
             "(Pillow: Image.open(path).convert('RGB').save(path)), as the frames of a grey camera will be given."
         )
-    if not counts[:, :classes].any():
+    occurring = np.flatnonzero(counts[:, :classes].any(axis=0))
+    if not occurring.size:
         raise InputError(
-            f"No pixel of {dataset.spec} ({dataset.split}) has a class: all are ignored. Check classes.txt."
+            f"No pixel of {dataset.spec} ({dataset.split}) has a class: all are ignored. Take masks or a split with labels."
+        )
+    if occurring.size == 1 and dataset.split == "train":
+        raise InputError(
+            f"All labelled pixels of {dataset.spec} (train) are {dataset.classes[occurring[0]].name!r}, so there is nothing to "
+            "tell apart. Look at the values in the masks: 255 is ignored, so that masks of 0 and 255 hold one class; write 1 in "
+            "the place of 255."
         )
     return DataReport(dataset, counts.sum(axis=0), (counts > 0).sum(axis=0), sizes)
 

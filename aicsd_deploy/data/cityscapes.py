@@ -48,7 +48,7 @@ def open_cityscapes(root: Path, split: str) -> FileDataset:
         if not folder.is_dir():
             raise InputError(f"{folder} does not exist. Unpack {archive} of Cityscapes into {root}.")
     pairs = []
-    for image in sorted(images.glob(f"*/*{IMAGE_END}")):
+    for image in sorted(images.glob(f"*/[!.]*{IMAGE_END}")):
         stem = image.name.removesuffix(IMAGE_END)
         label = labels / image.parent.name / f"{stem}{LABEL_END}"
         if not label.is_file():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile
 
 from aicsd_deploy.errors import InputError
@@ -107,7 +108,7 @@ class FileDataset(SegmentationDataset):
     def load(self, index: int) -> LabelledImage:
         pair = self.pairs[index]
         image = read_image(pair.image, as_stored=self._as_stored)
-        values = read_mask(pair.labels, colors=self._colors)
+        values = read_mask(pair.labels, colors=self._colors, known=self._is_known)
         if values.shape != image.shape[:2]:
             raise InputError(
                 f"{pair.labels} is {values.shape[0]}x{values.shape[1]} (HxW) but its image {pair.image.name} is "
@@ -205,14 +206,18 @@ def read_image(path: Path, *, as_stored: bool = False) -> UInt8Array:
         return np.asarray(picture.convert("RGB"))
 
 
-def read_mask(path: Path, *, colors: Mapping[RGB, int | None] | None = None) -> UInt8Array:
+def read_mask(
+    path: Path, *, colors: Mapping[RGB, int | None] | None = None, known: npt.NDArray[np.bool_] | None = None
+) -> UInt8Array:
     """Read a mask as uint8 (H, W): an index mask, a palette picture, a colour picture, or a file of SBD.
 
-    The indices of a palette picture count, except where its palette is that of the classes in another order.
+    The indices of a palette picture count, except where its palette is that of the classes in another order, or holds the
+    label values as greys.
 
     Args:
         path: a picture, or a .mat file in the form of SBD's `cls` folder.
         colors: colour → value in the mask, or None where several values have it; None instead takes no colour pictures.
+        known: bool (256), which label values there are; None leaves greys in a palette alone.
 
     Raises:
         InputError: the file is missing, no picture, damaged, a JPEG, turned by its EXIF tag, or of colours that stand for
@@ -229,17 +234,32 @@ def read_mask(path: Path, *, colors: Mapping[RGB, int | None] | None = None) -> 
         _refuse_turned(picture, path)
         if picture.mode in ("RGB", "RGBA") and colors is not None:
             return _from_colors(np.asarray(picture.convert("RGB")), colors, path)
-        if picture.mode not in ("L", "P", "1", "I", "I;16"):
+        if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
+            colored = "" if colors is None else ", or red, green and blue in the colours of the classes"
             raise InputError(
-                f"{path} is a colour picture (mode {picture.mode}), but labels must be index masks: one channel, whose "
-                "values are class indices. Convert the colours to indices first."
+                f"{path} is a picture of mode {picture.mode}, but labels must be index masks: one channel of whole numbers, "
+                f"which are class indices{colored}. Convert it first."
             )
         values = np.asarray(picture)
         if values.size and (values.max() > 255 or values.min() < 0):
             raise InputError(f"{path} holds label values {values.min()} to {values.max()}; they must lie in 0 to 255.")
         values = values.astype(np.uint8)
         palette = picture.getpalette() if picture.mode == "P" else None
+        if palette and known is not None and _holds_values(palette, values, known):
+            return np.asarray(np.array(palette[::3], dtype=np.uint8)[values])
         return values if colors is None or not palette else _from_palette(values, palette, colors, path)
+
+
+def _holds_values(palette: Sequence[int], values_HW: UInt8Array, known: npt.NDArray[np.bool_]) -> bool:
+    """Say whether a palette holds the label values as greys: programs that make PNG files smaller (oxipng) write masks so.
+
+    One of black and white alone is there to be looked at, and its indices count.
+    """
+    used, greys = np.unique(values_HW), palette[::3]
+    if not greys == palette[1::3] == palette[2::3] or used[-1] >= len(greys):
+        return False
+    found = np.array(greys)[used]
+    return bool(known[found].all()) and not np.isin(found, (0, 255)).all()
 
 
 def _from_palette(
@@ -273,9 +293,9 @@ def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int | None], path
     unknown = [color for color in triples if color not in values_of]
     if unknown:
         raise InputError(
-            f"{path} is a colour picture with {len(unknown)} colours that no class has, {unknown[0]} for one. Add them to "
-            "classes.txt, or, if it was saved as JPEG or resized smoothly, make it anew without: colours between two classes "
-            "mean nothing."
+            f"{path} is a colour picture with {len(unknown)} colours that no class has, {unknown[0]} for one. If it was "
+            "saved as JPEG or resized smoothly, make it anew without: colours between two classes mean nothing. Else correct "
+            "the colours in the class list."
         )
     values = np.array([values_of[color] for color in triples], dtype=np.uint8)
     return np.asarray(values[where].reshape(packed.shape))

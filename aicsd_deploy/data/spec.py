@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aicsd_deploy.cli import size_hw
+from aicsd_deploy.data.camvid import open_camvid
 from aicsd_deploy.data.cityscapes import open_cityscapes
 from aicsd_deploy.data.dataset import LabelledImage, SegmentationDataset
-from aicsd_deploy.data.folder import open_camvid, open_folder
+from aicsd_deploy.data.folder import open_folder
 from aicsd_deploy.data.synthetic import CLASSES, render_scene
 from aicsd_deploy.data.voc import open_voc, open_vocaug
 from aicsd_deploy.errors import InputError

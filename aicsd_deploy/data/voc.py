@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from aicsd_deploy.data.dataset import FileDataset, FilePair
 from aicsd_deploy.data.folder import read_stems
 from aicsd_deploy.errors import InputError
@@ -109,7 +107,7 @@ def _base(root: Path) -> Path:
 def _stems(base: Path, split: str) -> list[str]:
     stems = _listed(base / "ImageSets/Segmentation" / f"{split}.txt", f"images of {split}")
     # Some lists have `image label` pairs of paths in a line; the first one names the image.
-    return list(np.asarray([Path(stem.split()[0]).stem for stem in stems]))
+    return [Path(stem.split()[0]).stem for stem in stems]
 
 
 def _listed(path: Path, what: str) -> list[str]:

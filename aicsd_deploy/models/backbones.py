@@ -104,11 +104,22 @@ def _load_weights(network: nn.Module, path: Path | None) -> None:
         ) from error
     own = {k: v.shape for k, v in network.state_dict().items()}
     given = {k: v.shape for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    head = [k for k in own if k.split(".")[0] in ("fc", "classifier")]
-    wrong = [k for k, shape in own.items() if k not in head and given.get(k) != shape]
-    if wrong:
-        raise InputError(
-            f"{path} does not hold torchvision's {type(network).__name__} weights: {len(wrong)} of {len(own)} tensors are "
-            f"missing or of another shape, {wrong[0]} for one. Give the state dict of the same backbone."
+    wrong = [k for k, shape in own.items() if not _of_head(k) and given.get(k) != shape]
+    more = [
+        k for k in given if not _of_head(k) and k not in own
+    ]  # those of a deeper ResNet include those of a shallower
+    if wrong or more:
+        problem = (
+            f"{len(wrong)} of {len(own)} tensors are missing or of another shape, {wrong[0]} for one"
+            if wrong
+            else f"it has {len(more)} tensors that this network has not, {more[0]} for one"
         )
-    network.load_state_dict({k: v for k, v in state.items() if k in own and k not in head}, strict=False)
+        raise InputError(
+            f"{path} does not hold torchvision's {type(network).__name__} weights: {problem}. Give the state dict of "
+            "the same backbone."
+        )
+    network.load_state_dict({k: v for k, v in state.items() if not _of_head(k)}, strict=False)
+
+
+def _of_head(name: str) -> bool:
+    return name.split(".")[0] in ("fc", "classifier")

@@ -23,7 +23,8 @@ from aicsd_deploy.recipes import OF_THE_STUDENT, distill, train_teacher
 from aicsd_deploy.teachers import open_teacher
 from aicsd_deploy.tracking import read_log
 from aicsd_deploy.training.last import BEST
-from aicsd_deploy.training.resume import FREE_TO_CHANGE
+from aicsd_deploy.training.resume import FREE_TO_CHANGE, check_same_run
+from aicsd_deploy.training.start import settled
 
 CELL = "cell.json"
 METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
@@ -95,10 +96,16 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
 
 
 def _own_teacher(config: StudyConfig, folder: Path) -> str:
-    if not (folder / "summary.json").is_file():
-        shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields}
-        own = {k: v for k, v in shared.items() if k not in OF_THE_STUDENT}
-        train_teacher(validated(TrainConfig, own | config.teacher_recipe), folder, resume=True)
+    """Train the study's teacher, unless that is done. Raise InputError where it was trained by another recipe."""
+    shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields}
+    own = {k: v for k, v in shared.items() if k not in OF_THE_STUDENT}
+    wanted = validated(TrainConfig, own | config.teacher_recipe)
+    summary = folder / "summary.json"
+    if summary.is_file():
+        trained = json.loads(summary.read_text(encoding="utf-8"))["config"]
+        check_same_run(settled(wanted, folder).model_dump(mode="json"), trained, folder=folder)
+    else:
+        train_teacher(wanted, folder, resume=True)
     return str(folder / BEST)
 
 

@@ -40,6 +40,37 @@ def test_public_camvid_layout(tmp_path: Path) -> None:
     assert (loaded[labels != 11] == labels[labels != 11]).all()
 
 
+def test_camvid_in_its_original_colours(tmp_path: Path) -> None:
+    """The 32 classes of label_colors.txt become the 11 of the SegNet split."""
+    groups = {
+        "sky": [(128, 128, 128)],
+        "building": [(128, 0, 0), (192, 0, 128), (0, 128, 64), (64, 0, 64), (64, 192, 0)],
+        "pole": [(192, 192, 128), (0, 0, 64)],
+        "road": [(128, 64, 128), (128, 0, 192), (192, 0, 64)],
+        "pavement": [(0, 0, 192), (64, 192, 128), (128, 128, 192)],
+        "tree": [(128, 128, 0), (192, 192, 0)],
+        "signsymbol": [(192, 128, 128), (128, 128, 64), (0, 64, 64)],
+        "fence": [(64, 64, 128)],
+        "car": [(64, 0, 128), (128, 64, 64), (64, 128, 192), (192, 64, 128), (192, 128, 192)],
+        "pedestrian": [(64, 64, 0), (64, 128, 64), (64, 0, 192), (192, 128, 64)],
+        "bicyclist": [(0, 128, 192), (192, 0, 192)],
+        "void": [(0, 0, 0)],
+    }
+    colors = [color for group in groups.values() for color in group]
+    assert len(set(colors)) == 32
+    for folder in ("train", "train_labels"):
+        (tmp_path / folder).mkdir()
+    picture = Image.fromarray(np.array(colors, np.uint8).reshape(4, 8, 3))
+    picture.save(tmp_path / "train/0001TP_006690.png")
+    picture.save(tmp_path / "train_labels/0001TP_006690_L.png")
+    dataset = open_dataset(f"camvid:{tmp_path}", "train")
+    names = [*(c.name for c in dataset.classes), *["void"] * 245]
+    assert [names[i] for i in dataset.load(0)[1].ravel()] == [name for name, group in groups.items() for _ in group]
+    Image.new("RGB", (8, 4), (1, 2, 3)).save(tmp_path / "train_labels/0001TP_006690_L.png")
+    with pytest.raises(InputError, match=r"1 colours that no class has, \(1, 2, 3\)"):
+        dataset.load(0)
+
+
 def test_camvid_as_given(shared: Path) -> None:
     for split, count in (("train", 367), ("val", 101)):
         dataset = open_dataset(f"camvid:{shared / 'data/camvid'}", split)
@@ -246,6 +277,49 @@ def test_classes_file_is_read_with_names_of_several_words(tmp_path: Path) -> Non
     assert [(c.name, c.color_rgb) for c in classes] == [("road", (1, 2, 3)), ("traffic light", (250, 170, 30))]
     assert values == {0: 0, 1: 1}
     assert colors == {(1, 2, 3): 0, (250, 170, 30): 1}
+
+
+def test_a_class_that_255_would_ignore_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("0 ground 0 0 0\n1 sky 0 0 9\n255 person 255 255 255\n")
+    with pytest.raises(InputError, match="gives the value 255 to the class 'person', but pixels of 255 are ignored"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def test_training_images_of_one_class_are_refused(folder_data: Path) -> None:
+    """Masks of 0 and 255, as many programs write two classes, would train on the background alone."""
+    for split in ("train", "val"):
+        for path in (folder_data / split / "labels").iterdir():
+            Image.fromarray(np.where(np.asarray(Image.open(path)) == 1, 255, 0).astype(np.uint8)).save(path)
+    with pytest.raises(InputError, match=r"(?s)are 'red'.*write 1 in the place of 255"):
+        check_dataset(open_dataset(f"folder:{folder_data}", "train"))
+    assert check_dataset(open_dataset(f"folder:{folder_data}", "val")).pixels[1] == 0
+
+
+def test_masks_without_an_image_are_said(folder_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their images may have been lost, or have a format that is not read."""
+    (folder_data / "train/images/000.png").rename(folder_data / "train/images/000.gif")
+    open_dataset(f"folder:{folder_data}", "train")
+    assert "1 of the masks" in capsys.readouterr().err
+    (folder_data / "train.txt").write_text("001\n")
+    open_dataset(f"folder:{folder_data}", "train")
+    assert not capsys.readouterr().err
+
+
+def test_files_that_macos_leaves_beside_others_are_passed_over(folder_data: Path) -> None:
+    for kind in ("images", "labels"):
+        (folder_data / "train" / kind / "._000.png").write_bytes(b"\0\5\x16\7")
+    count = len(list((folder_data / "train/images").glob("[!.]*")))
+    assert len(open_dataset(f"folder:{folder_data}", "train")) == count
+
+
+def test_masks_of_any_whole_numbers_and_no_others(tmp_path: Path) -> None:
+    values = np.arange(6).reshape(2, 3)
+    path = tmp_path / "a.tif"
+    Image.frombytes("I;16B", (3, 2), values.astype(">u2").tobytes()).save(path)
+    assert (read_mask(path) == values).all()
+    Image.fromarray(values.astype(np.float32)).save(path)
+    with pytest.raises(InputError, match="mode F, but labels must be index masks"):
+        read_mask(path)
 
 
 def test_a_mark_at_the_start_of_a_text_file_is_no_part_of_it(folder_data: Path) -> None:

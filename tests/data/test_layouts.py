@@ -90,6 +90,8 @@ def test_cityscapes_label_ids_become_train_ids(tmp_path: Path) -> None:
     assert sum(v != 255 for v in TRAIN_IDS.values()) == len(CITYSCAPES_CLASSES) == 19
     assert [c.name for c in CITYSCAPES_CLASSES[:3]] == ["road", "sidewalk", "building"]
     assert CITYSCAPES_CLASSES[-1].name == "bicycle"
+    (tmp_path / "leftImg8bit/train/aachen/._aachen_000000_000019_leftImg8bit.png").write_bytes(b"what macOS leaves")
+    assert len(open_dataset(f"cityscapes:{tmp_path}", "train")) == 4
 
 
 def test_cityscapes_without_a_mask_or_an_archive_is_said(tmp_path: Path) -> None:
@@ -113,6 +115,16 @@ def test_voc_palette_masks(tmp_path: Path) -> None:
     assert len(open_dataset(f"voc:{tmp_path / 'VOCdevkit'}", "val")) == 2
     with pytest.raises(InputError, match="neither"):
         open_dataset(f"vocaug:{tmp_path}", "train")
+
+
+def test_voc_lists_from_windows_and_with_an_image_twice(tmp_path: Path) -> None:
+    listed = write_voc(tmp_path) / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
+    stems = listed.read_text().split()
+    listed.write_bytes(b"\xef\xbb\xbf" + "".join(f"{stem}  \r\n" for stem in stems).encode() + b"\r\n")
+    assert len(open_dataset(f"voc:{tmp_path}", "train")) == 4
+    listed.write_text("\n".join([*stems, stems[0]]))
+    with pytest.raises(InputError, match=r"train\.txt names 1 images twice, '2007_000000' for one"):
+        open_dataset(f"voc:{tmp_path}", "train")
 
 
 def test_vocaug_from_sbds_own_release(tmp_path: Path) -> None:
@@ -225,6 +237,25 @@ def test_indices_count_where_the_palette_is_not_that_of_the_classes(palette: lis
     assert (open_dataset(f"folder:{folder_data}", "train").load(0)[1] == before).all()
 
 
+def test_greys_count_where_a_palette_holds_the_label_values(folder_data: Path) -> None:
+    """What oxipng makes of an index mask; greys that are no label values, or black and white, are there to be looked at."""
+    path = folder_data / "train/labels/000.png"
+    before = np.asarray(Image.open(path))
+    assert sorted(np.unique(before)) == [0, 1, 2, 255]
+    order = np.array([2, 255, 0, 1])
+    mask = Image.fromarray(np.argsort(order)[np.searchsorted(np.sort(order), before)].astype(np.uint8))
+    for palette, expected in (
+        (order, before),
+        ([0, 85, 170, 255], np.asarray(mask)),
+        ([0, 255, 0, 255], np.asarray(mask)),
+    ):
+        mask.putpalette(np.repeat(palette, 3).tolist())
+        mask.save(path)
+        with (folder_data / "classes.txt").open("a") as file:
+            file.write("3 purple 9 0 9\n" if palette is order else "")
+        assert (open_dataset(f"folder:{folder_data}", "train").load(0)[1] == expected).all()
+
+
 def test_all_images_in_one_folder_with_split_lists(folder_data: Path, tmp_path: Path) -> None:
     for kind in ("images", "labels"):
         shutil.move(folder_data / "train" / kind, folder_data / kind)
@@ -239,7 +270,7 @@ def test_all_images_in_one_folder_with_split_lists(folder_data: Path, tmp_path: 
     assert "1 of the 2 images" in result.stderr
     assert "in train too, 007.png" in result.stderr
     (folder_data / "val.txt").write_text("008\n009\n008\n")
-    with pytest.raises(InputError, match="names '008' twice"):
+    with pytest.raises(InputError, match=r"val\.txt names 1 images twice, '008' for one"):
         open_dataset(f"folder:{folder_data}", "val")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.models import MODEL_NAMES, backbone_parameters, build_model
@@ -70,6 +71,9 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(build_model("lraspp_mobilenetv2", num_classes=2).state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match="missing or of another shape"):
         build_model("lraspp_resnet18", num_classes=2, backbone_weights=tmp_path / "other.pth")
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "deeper.pth")
+    with pytest.raises(InputError, match=r"tensors that this network has not, layer1\.2\.conv1\.weight for one"):
+        build_model("lraspp_resnet18", num_classes=2, backbone_weights=tmp_path / "deeper.pth")
     (tmp_path / "text.pth").write_text("not weights")
     with pytest.raises(InputError, match="loaded safely"):
         build_model("lraspp_resnet18", num_classes=2, backbone_weights=tmp_path / "text.pth")
