@@ -280,7 +280,7 @@ def test_sound_of_joined_files_goes_on(with_sound: Path, tmp_path: Path) -> None
 def test_a_video_without_sound_is_refused_and_nothing_is_left(tmp_path: Path, suffix: str, says: str) -> None:
     path = encode(tmp_path / "in.mp4", grey_frames(3))
     with open_source(str(path)) as source, pytest.raises(InputError, match=says):
-        Mp4Sink(tmp_path / f"out{suffix}", audio_of=str(path)).open(source)
+        Mp4Sink(tmp_path / "new" / f"out{suffix}", audio_of=str(path)).open(source)
     assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
 
 
