@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -66,7 +67,7 @@ class Mp4Sink(Sink):
             InputError: the file is the source itself, or cannot be written.
             MissingDependencyError: PyAV is missing or was built without x264.
         """
-        if self.path.exists() and Path(source.name).exists() and self.path.samefile(source.name):
+        if self.path.exists() and os.path.exists(source.name) and self.path.samefile(source.name):
             raise InputError(
                 f"The output {self.path} is the input itself, which would be lost. Choose another name with -o."
             )
