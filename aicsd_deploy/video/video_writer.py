@@ -31,7 +31,8 @@ class Mp4Sink(Sink):
     """An H.264 file that browsers play: 8-bit 4:2:0, index in front, the source's time stamps kept.
 
     The file appears under its name when it is complete, or when the user interrupts. If the work fails midway, the
-    frames until then are kept, playable, as NAME.partial.SUFFIX. Without a frame there is no file.
+    frames until then are kept, playable, as NAME.partial.SUFFIX; on a full disk only those of an .mkv, since the others
+    have their index at the end. Without a frame there is no file.
 
     Args:
         path: where to write; the suffix (.mp4, .mkv, .mov) chooses the container.
@@ -131,27 +132,27 @@ class Mp4Sink(Sink):
         if container is None:
             return
         wanted = error is None or isinstance(error, KeyboardInterrupt)
+        failure: Exception | None = None
         try:
             if self._last_pts >= 0:
                 container.mux(self._stream.encode(None))
                 if self._audio is not None and wanted:
                     self._audio.copy_until(self._last_pts * self._time_base + 1 / self._fps)
             container.close()
-        except Exception as failure:  # a full disk
-            self._output.__exit__(type(failure), failure, None)
-            if error is None:
-                raise
-            return
-        if self._last_pts >= 0 and wanted:
+        except Exception as full_disk:
+            failure = full_disk
+        if self._last_pts >= 0 and wanted and failure is None:
             self._output.__exit__(None, None, None)
             return
-        if self._last_pts >= 0:
+        if self._last_pts >= 0 and (failure is None or self.path.suffix.lower() == ".mkv"):
             partial = self.path.with_suffix(f".partial{self.path.suffix}")
             make_readable(self._temporary)
             self._temporary.replace(partial)
             say(f"The frames until the error are kept in {partial}")
-        unfinished = error or InputError("no frame was written")
+        unfinished = error or failure or InputError("no frame was written")
         self._output.__exit__(type(unfinished), unfinished, None)
+        if error is None and failure is not None:
+            raise failure
 
 
 class AudioCopy:
