@@ -190,7 +190,7 @@ def open_source(
     """Open what the user named.
 
     Args:
-        spec: `synthetic`; a camera's number; a network address (rtsp://, http://, udp://, …); a GStreamer pipeline, with
+        spec: `synthetic`; a camera's number or device; a network address (rtsp://, http://, udp://, …); a GStreamer pipeline, with
             ` ! ` between its elements; a folder of pictures; or a video file. None is the first camera, and the built-in
             scene where there is none.
         synthetic_hw: height and width to draw the built-in scene in.
@@ -210,10 +210,10 @@ def open_source(
         raise InputError("--source is empty. Name a file, a folder, a camera's number or an address, or leave it out.")
     if spec.startswith("file://"):
         spec = url2pathname(urlsplit(spec).path)
-    if spec.isdecimal() and len(spec) < 4:
+    if (number := spec.removeprefix("/dev/video")).isdecimal() and len(number) < 4:
         from aicsd_deploy.video.live import open_camera
 
-        return open_camera(int(spec))
+        return open_camera(int(number))
     if (" ! " in spec or "://" in spec) and not os.path.isfile(spec):  # Path.is_file raises where a pipeline is long
         from aicsd_deploy.video.streams import open_gstreamer, open_stream  # here, so that a camera needs no PyAV
 

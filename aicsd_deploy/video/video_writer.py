@@ -65,13 +65,15 @@ class Mp4Sink(Sink):
         """Start the file.
 
         Raises:
-            InputError: the file is the source itself, or cannot be written.
+            InputError: the file is the source itself or cannot be written, or there is no sound that could be copied.
             MissingDependencyError: PyAV is missing or was built without x264.
         """
         if self.path.exists() and os.path.exists(source.name) and self.path.samefile(source.name):
             raise InputError(
                 f"The output {self.path} is the input itself, which would be lost. Choose another name with -o."
             )
+        if self._audio_of is not None and source.live:
+            raise InputError(f"The sound of a file can be copied, but {source.name} is live. Leave out --audio.")
         if "libx264" not in av.codecs_available:
             raise MissingDependencyError(
                 "This PyAV was built without libx264, the H.264 encoder. Install av from its wheels."

@@ -324,6 +324,12 @@ def test_a_video_without_sound_is_refused_and_nothing_is_left(tmp_path: Path, su
     assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
 
 
+def test_the_sound_of_a_live_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is live"):
+        Mp4Sink(tmp_path / "out.mp4", audio_of="rtsp://127.0.0.1:9/x").open(Numbered(3, live=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sound_that_the_container_cannot_hold_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.mkv"
     with av.open(str(path), "w") as container:

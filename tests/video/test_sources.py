@@ -186,6 +186,7 @@ def header_only(path: Path) -> None:
         ("folder", lambda path: path.mkdir(), "no pictures"),
         ("rtsp://127.0.0.1:9/x", lambda path: None, "cannot be opened"),
         ("77", lambda path: None, "Camera 77"),
+        ("/dev/video77", lambda path: None, "Camera 77"),
     ],
 )
 def test_what_cannot_be_opened_is_an_input_error(
