@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from aicsd_deploy.errors import InputError
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed.
 
-    The temporary name keeps the suffix, since several libraries choose the file format by it.
+    The temporary name keeps the suffix, since several libraries choose the file format by it. Folders that had to be made
+    for it and are empty in the end are removed too.
 
     Raises:
         InputError: `path` is a folder, or its folder cannot be made or written to.
@@ -26,6 +27,22 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder, but a file is to be written there. Give a file name.")
+    made = [folder for folder in path.parents if not os.path.exists(folder)]
+    try:
+        with _temporary_beside(path) as temporary:
+            yield temporary
+            make_readable(temporary)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}")
@@ -35,10 +52,6 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        make_readable(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -36,6 +36,21 @@ def test_a_folder_in_the_way_and_a_file_for_a_folder_are_said(tmp_path: Path) ->
         pass
 
 
+def test_an_error_leaves_no_folder_that_was_made_for_the_file(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+
+    def fail() -> None:
+        with atomic_path(tmp_path / "old" / "new" / "deep" / "file.json"):
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fail()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+    (tmp_path / "new").mkdir()
+    write_json(tmp_path / "new" / "deep" / "file.json", {})
+    assert (tmp_path / "new" / "deep" / "file.json").exists()
+
+
 def test_nan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"miou": float("nan")})

@@ -98,6 +98,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         parser.error("--audio needs a file with sound: --source FILE")
     if len(set(args.output or ())) < len(args.output or ()):
         parser.error("two -o name the same file")
+    if args.json in (*(args.output or ()), Path(args.source or "")):
+        parser.error("--json names the same file as -o or --source")
     for path in args.output or ():
         if not (is_video(path) or path.suffix in ("", ".jsonl") or path.is_dir()):
             raise InputError(

@@ -82,7 +82,7 @@ class Overlay:
     def blend(self, image_bgr: UInt8Array, labels: UInt8Array) -> None:
         """Blend only the colours, in place; pixels whose label has no class to show keep their value."""
         if self._colors.shape != image_bgr.shape:
-            self._colors, self._mask = np.empty_like(image_bgr), np.empty_like(labels)
+            self._colors, self._mask = np.empty_like(image_bgr, order="C"), np.empty_like(labels, order="C")
         cv2.applyColorMap(labels, self._palette_bgr, self._colors)  # six times as fast as palette[labels]
         cv2.LUT(labels, self._hidden, self._mask)
         if self.contour:

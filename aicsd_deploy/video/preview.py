@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -174,6 +175,10 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False  # a page that keeps its connection open must not hold up the end
     sink: PreviewSink
 
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, _Handler)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Pages come and go; a connection that breaks is no error."""
 
@@ -235,10 +240,10 @@ class _Handler(BaseHTTPRequestHandler):
 def _listen(address: tuple[str, int] | None) -> _Server:
     host, port = address or DEFAULT_ADDRESS
     try:
-        return _Server((host, port), _Handler)
+        return _Server((host, port))
     except OSError as error:
         if address is None:
-            return _Server((host, 0), _Handler)
+            return _Server((host, 0))
         raise InputError(
             f"The preview cannot listen on {host}:{port} ({error.strerror}). Choose another with --preview HOST:PORT."
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,10 @@ from aicsd_deploy.metrics import ConfusionMatrix
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.runtime.frames import resize_labels
 from aicsd_deploy.video.sinks import Sink
-from aicsd_deploy.video.sources import Frame
+from aicsd_deploy.video.sources import Frame, Source, in_order
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Scorer(Sink):
@@ -26,7 +29,8 @@ class Scorer(Sink):
 
     Args:
         labels_of: the true labels of frame number i, uint8 (H, W), 255 where they are ignored.
-        count: how many frames have labels; a frame after those is an InputError.
+        count: how many frames have labels; a frame after those is an InputError, and so is one after a frame that could not
+            be decoded, since nobody knows whose labels it has.
         class_names: names of the classes.
     """
 
@@ -39,8 +43,17 @@ class Scorer(Sink):
         self._flickered = self._steady = 0
         self._last: tuple[int, UInt8Array, UInt8Array] | None = None
 
+    def open(self, source: Source) -> Self:
+        self._source = source
+        return self
+
     def write(self, frame: Frame) -> bool:
         assert frame.labels is not None
+        if self._source.skipped:
+            raise InputError(
+                f"{self._source.name} has frames that cannot be decoded, so the labels after them would belong to others. "
+                "Score a video that is whole, or end before the damage with --max-frames."
+            )
         if frame.index >= self._count:
             raise InputError(
                 f"Frame {frame.index} has no labels: there are only {self._count}. A video is scored frame by frame, "
@@ -67,7 +80,7 @@ def true_labels(spec: str, split: str, classes: tuple[SegClass, ...]) -> tuple[C
 
     Args:
         spec: a data set whose images are the frames, in order (`camvid:PATH`, `folder:PATH`), or a folder of label maps,
-            taken in the order of their names, where values that no class has are ignored.
+            taken in the order of their names (img2 before img10), where values that no class has are ignored.
         split: "train", "val" or "test", of a data set.
         classes: what the network knows.
 
@@ -85,7 +98,7 @@ def true_labels(spec: str, split: str, classes: tuple[SegClass, ...]) -> tuple[C
 
 
 def _masks_in(folder: Path, num_classes: int) -> tuple[Callable[[int], UInt8Array], int]:
-    paths = sorted(folder.glob("*.png"))
+    paths = in_order(folder, (".png",))
     if not paths:
         raise InputError(f"{folder} holds no label maps (.png).")
 

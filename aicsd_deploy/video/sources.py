@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import count
@@ -26,7 +27,9 @@ from aicsd_deploy.runtime.frames import resize_image
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 CLOCK = Fraction(1, 90_000)
 """The time base of sources that have none of their own."""
 
@@ -100,6 +103,8 @@ class Source(ABC):
 class FolderSource(Source):
     """The pictures of a folder in the order of their names (img2 before img10), all fitted to the first one's size.
 
+    Hidden files are left out.
+
     Raises:
         InputError: the folder holds no picture, or none that can be decoded.
     """
@@ -107,7 +112,7 @@ class FolderSource(Source):
     def __init__(self, path: Path | str, *, fps: int = 25) -> None:
         folder = Path(path)
         self.name, self.fps = str(folder), Fraction(fps)
-        self._paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=_by_number)
+        self._paths = in_order(folder, IMAGE_SUFFIXES)
         if not self._paths:
             raise InputError(
                 f"The folder {folder} has no pictures. It needs files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
@@ -185,7 +190,7 @@ def open_source(
     """Open what the user named.
 
     Args:
-        spec: `synthetic`; a camera's number; a network address (rtsp://, http://, udp://, …); a GStreamer pipeline, with
+        spec: `synthetic`; a camera's number or device; a network address (rtsp://, http://, udp://, …); a GStreamer pipeline, with
             ` ! ` between its elements; a folder of pictures; or a video file. None is the first camera, and the built-in
             scene where there is none.
         synthetic_hw: height and width to draw the built-in scene in.
@@ -205,19 +210,21 @@ def open_source(
         raise InputError("--source is empty. Name a file, a folder, a camera's number or an address, or leave it out.")
     if spec.startswith("file://"):
         spec = url2pathname(urlsplit(spec).path)
-    if spec.isdecimal() and len(spec) < 4:
+    if (number := spec.removeprefix("/dev/video")).isdecimal() and len(number) < 4:
         from aicsd_deploy.video.live import open_camera
 
-        return open_camera(int(spec))
-    if (" ! " in spec or "://" in spec) and not Path(spec).is_file():
+        return open_camera(int(number))
+    if (" ! " in spec or "://" in spec) and not os.path.isfile(spec):  # Path.is_file raises where a pipeline is long
         from aicsd_deploy.video.streams import open_gstreamer, open_stream  # here, so that a camera needs no PyAV
 
         return open_gstreamer(spec) if " ! " in spec else open_stream(spec)
     if Path(spec).is_dir():
         return FolderSource(spec)
     from aicsd_deploy.video.video_file import FileSource
+    from aicsd_deploy.video.webp import WebpSource, is_animated_webp
 
-    return FileSource(existing_file(spec, "The video"))
+    path = existing_file(spec, "The video")
+    return WebpSource(path) if is_animated_webp(path) else FileSource(path)
 
 
 def _first_camera() -> Source | None:
@@ -247,13 +254,22 @@ def fit(image_bgr: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
 def read_image(path: Path) -> UInt8Array | None:
     """Return a picture file as uint8 (H, W, 3) in BGR; None if it cannot be decoded."""
     data = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except cv2.error:  # its header claims more pixels than OpenCV takes
+        return None
     return None if image is None else np.asarray(image, dtype=np.uint8)
 
 
 def sane_fps(rate: Fraction | None) -> Fraction:
     """Return a rate that can be true, or 25: a stream without time stamps may claim 0 or 90000 frames a second."""
     return rate if rate is not None and 0 < rate <= 1000 else Fraction(25)
+
+
+def in_order(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the files of a folder with these suffixes, hidden ones left out, in the order of their names: img2 before img10."""
+    found = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    return sorted(found, key=_by_number)
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

@@ -58,7 +58,9 @@ class FileSource(Source):
                 raise InputError(
                     f"{self.name} has no video in it (only {self._contents()}). Give a file with moving pictures."
                 )
-            self._stream = streams[0]
+            # The one that FFmpeg's players show: an animated AVIF, for example, begins with a still picture.
+            best = self._container.streams.best("video")
+            self._stream = best if best in streams else streams[0]
             if self._stream.codec_context is None:
                 raise InputError(
                     f"{self.name} is coded in a way that this FFmpeg has no decoder for. Convert it to H.264, for example."
@@ -82,10 +84,8 @@ class FileSource(Source):
             self._container.close()
             raise
         self.size_hw = (self._first[0].shape[0], self._first[0].shape[1])
-        aspect = self._stream.sample_aspect_ratio
-        if aspect:
-            turned = self.size_hw != (self._stream.height, self._stream.width)  # by a quarter
-            self.pixel_aspect = 1 / aspect if turned else aspect
+        if aspect := self._stream.sample_aspect_ratio:
+            self.pixel_aspect = 1 / aspect if self._turned else aspect
 
     def __iter__(self) -> Iterator[Frame]:
         waiting, self._first = self._first, None
@@ -117,7 +117,9 @@ class FileSource(Source):
                 decoded = []
             for frame in decoded:
                 time_s = timeline.place(self._stamp_s(frame))
-                yield upright(self._to_bgr(frame), display_matrix(frame)), max(0.0, float(time_s))
+                matrix = display_matrix(frame)
+                self._turned = is_turned(matrix)
+                yield upright(self._to_bgr(frame), matrix), max(0.0, float(time_s))
             if packet is None:
                 return
 
@@ -151,7 +153,7 @@ def open_container(path: Path | str) -> InputContainer:
     Raises:
         av.error.FFmpegError: it cannot be opened.
     """
-    name = os.path.abspath(path) if Path(path).is_file() else str(path)  # a colon in a name is no protocol
+    name = os.path.abspath(path) if os.path.isfile(path) else str(path)  # a colon in a name is no protocol
     options = {"pattern_type": "none"} if "%" in name else {}  # nor is img%03d.png a series
     return av.open(name, options=options, metadata_errors="replace")
 
@@ -176,10 +178,15 @@ def upright(image_bgr: UInt8Array, matrix: list[int] | None) -> UInt8Array:
     if matrix is None:
         return image_bgr
     to_x, to_y = (matrix[0], matrix[4])
-    if abs(matrix[1]) > abs(matrix[0]):
+    if is_turned(matrix):
         image_bgr = image_bgr.transpose(1, 0, 2)
         to_x, to_y = (matrix[3], matrix[1])
     return np.ascontiguousarray(image_bgr[:: -1 if to_y < 0 else 1, :: -1 if to_x < 0 else 1])
+
+
+def is_turned(matrix: list[int] | None) -> bool:
+    """Tell whether a display matrix turns by a quarter, so that rows become columns."""
+    return matrix is not None and abs(matrix[1]) > abs(matrix[0])
 
 
 def display_matrix(frame: av.VideoFrame) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +31,8 @@ class Mp4Sink(Sink):
     """An H.264 file that browsers play: 8-bit 4:2:0, index in front, the source's time stamps kept.
 
     The file appears under its name when it is complete, or when the user interrupts. If the work fails midway, the
-    frames until then are kept, playable, as NAME.partial.SUFFIX. Without a frame there is no file.
+    frames until then are kept, playable, as NAME.partial.SUFFIX; on a full disk only those of an .mkv, since the others
+    have their index at the end. Without a frame there is no file.
 
     Args:
         path: where to write; the suffix (.mp4, .mkv, .mov) chooses the container.
@@ -63,13 +65,15 @@ class Mp4Sink(Sink):
         """Start the file.
 
         Raises:
-            InputError: the file is the source itself, or cannot be written.
+            InputError: the file is the source itself or cannot be written, or there is no sound that could be copied.
             MissingDependencyError: PyAV is missing or was built without x264.
         """
-        if self.path.exists() and Path(source.name).exists() and self.path.samefile(source.name):
+        if self.path.exists() and os.path.exists(source.name) and self.path.samefile(source.name):
             raise InputError(
                 f"The output {self.path} is the input itself, which would be lost. Choose another name with -o."
             )
+        if self._audio_of is not None and source.live:
+            raise InputError(f"The sound of a file can be copied, but {source.name} is live. Leave out --audio.")
         if "libx264" not in av.codecs_available:
             raise MissingDependencyError(
                 "This PyAV was built without libx264, the H.264 encoder. Install av from its wheels."
@@ -130,27 +134,27 @@ class Mp4Sink(Sink):
         if container is None:
             return
         wanted = error is None or isinstance(error, KeyboardInterrupt)
+        failure: Exception | None = None
         try:
             if self._last_pts >= 0:
                 container.mux(self._stream.encode(None))
                 if self._audio is not None and wanted:
                     self._audio.copy_until(self._last_pts * self._time_base + 1 / self._fps)
             container.close()
-        except Exception as failure:  # a full disk
-            self._output.__exit__(type(failure), failure, None)
-            if error is None:
-                raise
-            return
-        if self._last_pts >= 0 and wanted:
+        except Exception as full_disk:
+            failure = full_disk
+        if self._last_pts >= 0 and wanted and failure is None:
             self._output.__exit__(None, None, None)
             return
-        if self._last_pts >= 0:
+        if self._last_pts >= 0 and (failure is None or self.path.suffix.lower() == ".mkv"):
             partial = self.path.with_suffix(f".partial{self.path.suffix}")
             make_readable(self._temporary)
             self._temporary.replace(partial)
             say(f"The frames until the error are kept in {partial}")
-        unfinished = error or InputError("no frame was written")
+        unfinished = error or failure or InputError("no frame was written")
         self._output.__exit__(type(unfinished), unfinished, None)
+        if error is None and failure is not None:
+            raise failure
 
 
 class AudioCopy:

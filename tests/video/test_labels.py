@@ -19,7 +19,7 @@ from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.scoring import Scorer, true_labels
 from aicsd_deploy.video.sinks import Sink, SinkGroup
 from aicsd_deploy.video.smooth import LabelSmoother
-from aicsd_deploy.video.sources import Frame
+from aicsd_deploy.video.sources import Frame, open_source
 
 NAMES = ["a", "b", "c"]
 
@@ -158,6 +158,27 @@ def test_a_video_is_scored_through_the_pipeline(tmp_path: Path) -> None:
     assert scorer.result()["miou"] == 1.0
     with pytest.raises(InputError, match="only 40"):
         process_video(Numbered(41), Threshold(), scorer, overlay=Overlay(CLASSES))
+
+
+def test_label_maps_are_taken_in_the_order_of_the_pictures_of_a_folder(tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        for number in range(9, 12):
+            value = (number % 2) * (1 if kind == "labels" else 255)
+            Image.fromarray(np.full((24, 32), value, np.uint8)).save(tmp_path / kind / f"f{number}.png")
+    scorer = Scorer(*true_labels(str(tmp_path / "labels"), "val", CLASSES), ["dark", "bright"])
+    with open_source(str(tmp_path / "images")) as source:
+        process_video(source, Threshold(), scorer, overlay=Overlay(CLASSES))
+    assert scorer.result()["miou"] == 1.0
+
+
+def test_a_video_with_frames_that_are_missing_is_not_scored(tmp_path: Path) -> None:
+    for number in range(5):
+        Image.fromarray(np.zeros((24, 32), np.uint8)).save(tmp_path / f"{number}.png")
+    scorer = Scorer(*true_labels(str(tmp_path), "val", CLASSES), ["dark", "bright"])
+    (tmp_path / "1.png").write_text("damaged")
+    with open_source(str(tmp_path)) as source, pytest.raises(InputError, match="cannot be decoded"):
+        process_video(source, Threshold(), scorer, overlay=Overlay(CLASSES))
 
 
 def test_labels_come_from_a_data_set_with_the_same_classes(folder_data: Path) -> None:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -136,6 +137,35 @@ def test_a_picture_with_exif_is_read_and_turned(
     assert frame.image_bgr[-20:, -20:].mean() < 20
 
 
+DURATIONS_MS = [40, 40, 100, 40, 200, 40]
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".webp", ".gif", ".png"])
+def test_an_animated_picture_gives_every_frame_at_its_time(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"in{suffix}"
+    first, *more = [Image.fromarray(image) for image in grey_frames(6)]
+    try:
+        first.save(path, save_all=True, append_images=more, duration=DURATIONS_MS, lossless=True)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {suffix}")
+    with open_source(str(path)) as source:
+        if suffix == ".webp" and not hasattr(cv2, "imdecodeanimation"):
+            pytest.skip("OpenCV decodes animated WebP from 4.11 on")
+        frames = list(source)
+    assert source.size_hw == (48, 64)
+    assert [frame.time_s for frame in frames] == pytest.approx(np.cumsum([0, *DURATIONS_MS[:-1]]) / 1000)
+    np.testing.assert_allclose([f.image_bgr.mean() for f in frames], [i.mean() for i in grey_frames(6)], atol=3)
+
+
+def test_a_damaged_animated_picture_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.webp"
+    first, *more = [Image.fromarray(image) for image in grey_frames(6)]
+    first.save(path, save_all=True, append_images=more, duration=40)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(InputError, match="damaged or cut off"):
+        open_source(str(path))
+
+
 def test_names_and_titles_in_another_encoding_do_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "in.avi"
     with av.open(str(path), "w") as container:
@@ -159,6 +189,12 @@ def test_a_file_is_read_whatever_its_name_could_mean(
         assert (len(list(source)), source.name) == (3, name)
 
 
+def test_a_pipeline_longer_than_a_file_name_may_be_is_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = "videotestsrc" + " ! videoconvert" * 30
+    monkeypatch.setattr("aicsd_deploy.video.streams.open_gstreamer", lambda spec: spec)
+    assert open_source(pipeline) == pipeline
+
+
 def test_a_picture_named_like_a_series_is_one_picture(tmp_path: Path) -> None:
     for name in ("img1.png", "img2.png", "img%d.png"):
         Image.fromarray(grey_frames(1)[0]).save(tmp_path / name)
@@ -173,8 +209,12 @@ def test_an_address_of_a_file_is_that_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rotation", [None, (90.0, False, False)])
-def test_the_shape_of_pixels_is_kept(rotation: tuple[float, bool, bool] | None, tmp_path: Path) -> None:
-    path = encode(tmp_path / "in.mp4", grey_frames(3), rotation=rotation, pixel_aspect=Fraction(4, 3))
+@pytest.mark.parametrize("size_hw", [(48, 64), (64, 64)])
+def test_the_shape_of_pixels_is_kept(
+    rotation: tuple[float, bool, bool] | None, size_hw: tuple[int, int], tmp_path: Path
+) -> None:
+    images = grey_frames(3, size_hw)
+    path = encode(tmp_path / "in.mp4", images, rotation=rotation, pixel_aspect=Fraction(4, 3))
     with open_source(str(path)) as source:
         process_video(source, Threshold(), Mp4Sink(tmp_path / "out.mp4"), overlay=Overlay(CLASSES))
     with av.open(str(tmp_path / "out.mp4")) as container:
@@ -280,8 +320,14 @@ def test_sound_of_joined_files_goes_on(with_sound: Path, tmp_path: Path) -> None
 def test_a_video_without_sound_is_refused_and_nothing_is_left(tmp_path: Path, suffix: str, says: str) -> None:
     path = encode(tmp_path / "in.mp4", grey_frames(3))
     with open_source(str(path)) as source, pytest.raises(InputError, match=says):
-        Mp4Sink(tmp_path / f"out{suffix}", audio_of=str(path)).open(source)
+        Mp4Sink(tmp_path / "new" / f"out{suffix}", audio_of=str(path)).open(source)
     assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_the_sound_of_a_live_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is live"):
+        Mp4Sink(tmp_path / "out.mp4", audio_of="rtsp://127.0.0.1:9/x").open(Numbered(3, live=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sound_that_the_container_cannot_hold_is_refused(tmp_path: Path) -> None:

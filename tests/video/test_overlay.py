@@ -41,6 +41,13 @@ def test_half_opacity_is_half_way_and_ignored_pixels_keep_their_value() -> None:
     np.testing.assert_array_equal(image[LABELS > 1], picture()[LABELS > 1])
 
 
+def test_labels_may_lie_column_by_column() -> None:
+    image, expected = picture(), picture()
+    Overlay(CLASSES, legend=False).draw(expected, LABELS)
+    Overlay(CLASSES, legend=False).draw(image, np.asfortranarray(LABELS))
+    np.testing.assert_array_equal(image, expected)
+
+
 def test_the_size_may_change_between_frames() -> None:
     overlay = Overlay(CLASSES, opacity=1, legend=False)
     for size_hw in ((4, 6), (9, 3)):

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_threads_left")
 
 def ask(sink: PreviewSink, path: str, **headers: str) -> tuple[int, Any, bytes]:
     host, port = sink.url.removeprefix("http://").rstrip("/").rsplit(":", 1)
-    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=20)
     connection.request("GET", path, headers=headers)
     answer = connection.getresponse()
     body = answer.read()
@@ -124,6 +124,16 @@ def test_other_web_sites_cannot_ask_through_a_name_of_their_own(sink: PreviewSin
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="cannot listen"):
         PreviewSink(CLASSES, address=taken.getsockname())
+
+
+def test_it_listens_on_an_ipv6_address() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with PreviewSink(CLASSES, address=("::1", 0)).open(Numbered(1)) as sink:
+        assert sink.url.startswith("http://[::1]:")
+        assert ask(sink, "/about.json")[0] == 200
 
 
 def test_waiting_pages_hear_of_the_end() -> None:

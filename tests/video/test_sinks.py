@@ -122,6 +122,29 @@ def test_an_error_later_keeps_what_there_is_under_another_name_and_the_old_outpu
     assert len(read_back(tmp_path / "out.partial.mp4")[0]) == 12
 
 
+class Noise(Numbered):
+    """Frames that take room."""
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        for frame in super().__iter__():
+            frame.image_bgr[:] = np.random.default_rng(frame.index).integers(0, 256, frame.image_bgr.shape)
+            yield frame
+
+
+@pytest.mark.parametrize(("suffix", "kept"), [(".mkv", ["out.partial.mkv"]), (".mp4", [])])
+def test_a_full_disk_leaves_what_can_be_played(tmp_path: Path, suffix: str, kept: list[str]) -> None:
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write(tmp_path / f"out{suffix}", Noise(100, size_hw=(96, 128)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert [p.name for p in tmp_path.iterdir()] == kept
+    assert all(len(read_back(tmp_path / name)[0]) > 3 for name in kept)
+
+
 def test_ctrl_c_keeps_what_there_is_under_its_name(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out.mp4", Numbered(20), fail_after=12, error=KeyboardInterrupt())

@@ -129,6 +129,16 @@ def test_a_folder_is_read_in_the_order_of_its_numbers_and_fitted_to_the_first_si
     assert source.skipped == 1
 
 
+def test_a_folder_leaves_out_hidden_files_and_counts_a_picture_that_claims_too_much(tmp_path: Path) -> None:
+    data = cv2.imencode(".pgm", np.full((40, 60), 50, np.uint8))[1].tobytes()
+    for name in ("f1.pgm", "f2.pgm", ".f3.pgm"):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "f0.pgm").write_bytes(b"P5 100000 100000 255\n" + data)
+    with open_source(str(tmp_path)) as source:
+        assert [frame.image_bgr.shape for frame in source] == [(40, 60, 3)] * 2
+    assert source.skipped == 1
+
+
 def test_fit_keeps_the_shape_and_centres() -> None:
     fitted = fit(np.full((10, 40, 3), 200, np.uint8), (20, 40))
     assert (fitted[5:15] == 200).all()
@@ -176,6 +186,7 @@ def header_only(path: Path) -> None:
         ("folder", lambda path: path.mkdir(), "no pictures"),
         ("rtsp://127.0.0.1:9/x", lambda path: None, "cannot be opened"),
         ("77", lambda path: None, "Camera 77"),
+        ("/dev/video77", lambda path: None, "Camera 77"),
     ],
 )
 def test_what_cannot_be_opened_is_an_input_error(
