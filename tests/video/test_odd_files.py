@@ -45,7 +45,9 @@ def vp9(path: Path) -> Path:
 
 
 def hevc(path: Path) -> Path:
-    return encode(path.with_suffix(".mp4"), grey_frames(COUNT), codec="libx265")
+    # In one thread: on a busy machine x265's own threads have been seen to wait for each other for ever.
+    single = {"x265-params": "pools=none:frame-threads=1:log-level=warning"}
+    return encode(path.with_suffix(".mp4"), grey_frames(COUNT), codec="libx265", options=single)
 
 
 def rotated(path: Path) -> Path:

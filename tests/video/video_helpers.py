@@ -64,10 +64,11 @@ def encode(
     time_base: Fraction = Fraction(1, 25),
     rotation: tuple[float, bool, bool] | None = None,
     pixel_aspect: Fraction | None = None,
+    options: dict[str, str] | None = None,
 ) -> Path:
-    """Write BGR pictures as a video."""
+    """Write BGR pictures as a video; `options` are the encoder's own."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.time_base = stream.codec_context.time_base = time_base
