@@ -45,7 +45,7 @@ def vp9(path: Path) -> Path:
 
 
 def hevc(path: Path) -> Path:
-    # In one thread: on a busy machine x265's own threads have been seen to wait for each other for ever.
+    # In one thread: the tests have stood still here once, on a busy machine, with x265's own threads.
     single = {"x265-params": "pools=none:frame-threads=1:log-level=warning"}
     return encode(path.with_suffix(".mp4"), grey_frames(COUNT), codec="libx265", options=single)
 
