@@ -6,7 +6,8 @@ import argparse
 import json
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -160,6 +161,15 @@ def write_result(result: dict[str, Any], path: Path | None) -> None:
         write_json(path, result)
 
 
+@contextmanager
+def needed_packages() -> Iterator[None]:
+    """End the process with one message where a package that is imported in this block is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _fail(_missing_package(error), 2)
+
+
 def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a command and end the process: 0 done, 2 bad input, 3 verification failed, 75 saved and to be started
     again, 130 interrupted, 1 a fault of ours."""
@@ -172,7 +182,7 @@ def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except ModuleNotFoundError as error:
-        _fail(missing_package(error), 2)
+        _fail(_missing_package(error), 2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -191,8 +201,7 @@ def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
     sys.exit(0)
 
 
-def missing_package(error: ModuleNotFoundError) -> str:
-    """Return what to say about a package that a command needs and that is not installed."""
+def _missing_package(error: ModuleNotFoundError) -> str:
     return (
         f"error: this command needs the package {error.name!r}, which is not installed. To train: pip install "
         "'aicsd-deploy[train,cpu,headless]'; to export: [train,export,cpu,headless]; to run a student: [cpu,video,headless]."
@@ -221,8 +230,5 @@ def main() -> NoReturn:
     packaged = Path(__file__).parent / "scripts"
     script = (packaged if packaged.is_dir() else Path(__file__).parents[1]) / SCRIPTS[sys.argv[1]][0]
     sys.argv = [str(script), *sys.argv[2:]]
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except ModuleNotFoundError as error:
-        _fail(missing_package(error), 2)
+    runpy.run_path(str(script), run_name="__main__")
     sys.exit(0)

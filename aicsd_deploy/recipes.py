@@ -125,10 +125,12 @@ def _train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    say(f"device: {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "") + processes)
+    say(f"device: {device}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "") + processes)
     torch.manual_seed(derived_seed("weights", config.seed))
+    # Before the data is looked at, which can take minutes: a name that is wrong is told at once.
+    classes = open_dataset(config.data, "train").classes
+    network = build_model(config.model, num_classes=len(classes), backbone_weights=config.backbone_weights)
     train_data, val_data = open_checked(config.data, config.cache)
-    network = build_model(config.model, num_classes=len(train_data.classes), backbone_weights=config.backbone_weights)
     metadata = Metadata(
         model=config.model,
         classes=train_data.classes,
@@ -270,7 +272,6 @@ def _sum_up(
             [*([n, percent(v)] for n, v in scores.per_class_iou.items()), ["mean", percent(scores.miou)]],
         )
     )
-    say(
-        f"{checkpoint.metadata.role} {checkpoint.metadata.model} ({checkpoint.metadata.method}): val mIoU {percent(scores.miou)} %"
-    )
+    learned = f" ({checkpoint.metadata.method})" if checkpoint.metadata.role == "student" else ""
+    say(f"{checkpoint.metadata.role} {checkpoint.metadata.model}{learned}: val mIoU {percent(scores.miou)} %")
     return summary

@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.bench.gate import Rule, read_baseline, require_no_worse, require_partners
-from aicsd_deploy.bench.report import benchmark
-from aicsd_deploy.bench.report_files import write_report
-from aicsd_deploy.bench.tables import noise, summary
-from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, positive_int, run, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, needed_packages, positive_int, run, write_result
 from aicsd_deploy.console import say, table
-from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import check_writable
 from aicsd_deploy.runs import newest_comparison
-from aicsd_deploy.runtime.base import open_backend
+
+with needed_packages():
+    from aicsd_deploy.bench.gate import Rule, read_baseline, require_no_worse, require_partners
+    from aicsd_deploy.bench.report import benchmark
+    from aicsd_deploy.bench.report_files import write_report
+    from aicsd_deploy.bench.tables import noise, summary
+    from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
+    from aicsd_deploy.runtime.base import open_backend
 
 
 def main(argv: Sequence[str] | None = None) -> None:

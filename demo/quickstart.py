@@ -13,12 +13,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, run
-from aicsd_deploy.config import DistillConfig, TrainConfig
+from aicsd_deploy.cli import Parser, needed_packages, run
 from aicsd_deploy.console import percent, say
 from aicsd_deploy.errors import AicsdError
-from aicsd_deploy.recipes import distill, train_teacher
 from aicsd_deploy.runs import RUNS
+
+with needed_packages():
+    from aicsd_deploy.config import DistillConfig, TrainConfig
+    from aicsd_deploy.recipes import distill, train_teacher
 
 TEACHER = TrainConfig(epochs=4, val_every=4)
 STUDENT = DistillConfig(epochs=5, val_every=5, lr=2e-3)

@@ -11,28 +11,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from aicsd_deploy.cli import run, write_result
+from aicsd_deploy.cli import needed_packages, run, write_result
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.runs import newest_artifact
 
-if TYPE_CHECKING:
-    from aicsd_deploy.video.pipeline import VideoResult
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the flags, build the parts, run the pipeline, say what came of it."""
-    # Here, so that a missing package is told like any other error.
+with needed_packages():
     from aicsd_deploy.runtime.base import open_backend
     from aicsd_deploy.video.flags import only_watched, open_sinks, parse, share_cores
     from aicsd_deploy.video.overlay import Overlay
-    from aicsd_deploy.video.pipeline import process_video
+    from aicsd_deploy.video.pipeline import VideoResult, process_video
     from aicsd_deploy.video.scoring import Scorer, true_labels
     from aicsd_deploy.video.sinks import SinkGroup
     from aicsd_deploy.video.sources import open_source
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags, build the parts, run the pipeline, say what came of it."""
     args = parse(__doc__, argv)
     engine = args.engine or newest_artifact()
     with open_backend(engine, device=args.device, memory=args.memory) as first:

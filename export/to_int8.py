@@ -15,18 +15,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from aicsd_deploy.bench.latency import measure_latency
-from aicsd_deploy.cli import Parser, add_json_flag, fraction_of_100, positive_int, run, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, fraction_of_100, needed_packages, positive_int, run, write_result
 from aicsd_deploy.console import percent, say, table
-from aicsd_deploy.data.spec import SPEC_HELP, open_dataset
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.export.int8_search import quantize_within
-from aicsd_deploy.export.quantize import METHODS, TARGETS
-from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.runs import newest_artifact
-from aicsd_deploy.runtime.base import open_backend
-from aicsd_deploy.runtime.ort_backend import DISABLED_OPTIMIZERS
+
+with needed_packages():
+    from aicsd_deploy.bench.latency import measure_latency
+    from aicsd_deploy.data.spec import SPEC_HELP, open_dataset
+    from aicsd_deploy.export.int8_search import quantize_within
+    from aicsd_deploy.export.quantize import METHODS, TARGETS
+    from aicsd_deploy.export.verify import frames_for_comparison
+    from aicsd_deploy.runtime.base import open_backend
+    from aicsd_deploy.runtime.ort_backend import DISABLED_OPTIMIZERS
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from aicsd_deploy.checkpoint import load_checkpoint
-from aicsd_deploy.cli import Parser, add_json_flag, positive_int, run, size_hw, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, needed_packages, positive_int, run, size_hw, write_result
 from aicsd_deploy.console import percent, say
-from aicsd_deploy.data.spec import SPEC_HELP, open_dataset
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.export.onnx_export import OPSET, export_onnx
-from aicsd_deploy.export.verify import compare, frames_for_comparison, require_agreement
 from aicsd_deploy.files import atomic_path, sha256
-from aicsd_deploy.metadata import provenance
 from aicsd_deploy.runs import newest_checkpoint
-from aicsd_deploy.runtime.base import open_backend
-from aicsd_deploy.runtime.torch_backend import TorchBackend
+
+with needed_packages():
+    import torch
+
+    from aicsd_deploy.checkpoint import load_checkpoint
+    from aicsd_deploy.data.spec import SPEC_HELP, open_dataset
+    from aicsd_deploy.export.onnx_export import OPSET, export_onnx
+    from aicsd_deploy.export.verify import compare, frames_for_comparison, require_agreement
+    from aicsd_deploy.metadata import provenance
+    from aicsd_deploy.runtime.base import open_backend
+    from aicsd_deploy.runtime.torch_backend import TorchBackend
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,17 +16,29 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, fraction, names, positive_int, run, shape_nhw, write_result
+from aicsd_deploy.cli import (
+    Parser,
+    add_json_flag,
+    fraction,
+    names,
+    needed_packages,
+    positive_int,
+    run,
+    shape_nhw,
+    write_result,
+)
 from aicsd_deploy.console import percent, say
-from aicsd_deploy.data.spec import SPEC_HELP
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.export.engine import Request, choose_flavor, make_engine
-from aicsd_deploy.export.gate import LIMITS
-from aicsd_deploy.export.tensorrt_build import BuildOptions, refuse_unfit_options
 from aicsd_deploy.files import existing_file
 from aicsd_deploy.runs import newest_artifact
-from aicsd_deploy.runtime.engine_card import card_path
-from aicsd_deploy.runtime.tensorrt_module import NAMES
+
+with needed_packages():
+    from aicsd_deploy.data.spec import SPEC_HELP
+    from aicsd_deploy.export.engine import Request, choose_flavor, make_engine
+    from aicsd_deploy.export.gate import LIMITS
+    from aicsd_deploy.export.tensorrt_build import BuildOptions, refuse_unfit_options
+    from aicsd_deploy.runtime.engine_card import card_path
+    from aicsd_deploy.runtime.tensorrt_module import NAMES
 
 PRECISIONS = {
     "fp32": "weights and activations in float32",

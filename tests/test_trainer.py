@@ -9,6 +9,10 @@ import pytest
 import torch
 from helpers import TINY, call_script, log_lines
 
+from aicsd_deploy.checkpoint import load_checkpoint, save_checkpoint
+from aicsd_deploy.errors import Preempted
+from aicsd_deploy.trainer import Trainer
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = torch.load(folder / "last.pt", weights_only=True)["model"]
@@ -42,6 +46,38 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_spoilt(trained: Path,
     assert result.returncode == 2
     assert "step 5: no longer a number: loss, gradient, ce" in result.stderr
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "r").values())
+
+
+def test_a_resumed_run_keeps_a_best_that_it_does_not_beat(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    arguments = [
+        *TINY,
+        "--model",
+        "tiny_network:tiny",
+        "--epochs",
+        2,
+        "--val-every",
+        1,
+        "--save-every",
+        1,
+        "--out",
+        run,
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aicsd_deploy.trainer.Trainer._stop_if_asked", stops_at_step_4)
+        assert call_script("train/teacher.py", *arguments, cwd=trained).returncode == 75
+    last = load_checkpoint(run / "last.pt")
+    assert last.training["best"] > 0
+    last.training["best"] = 1.0
+    save_checkpoint(run / "last.pt", last)
+    before = (run / "best.pt").read_bytes()
+    assert call_script("train/teacher.py", *arguments, "--resume", "auto", cwd=trained).returncode == 0
+    assert (run / "best.pt").read_bytes() == before
+
+
+def stops_at_step_4(trainer: Trainer) -> None:
+    if trainer._at.step == 4:  # of 6; the first validation was at step 3
+        raise Preempted("stopped")
 
 
 def test_a_run_leaves_everything_that_the_readme_names(trained: Path) -> None:

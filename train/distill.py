@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, run, write_result
-from aicsd_deploy.config import DistillConfig, add_config_flags, read_config
+from aicsd_deploy.cli import Parser, add_json_flag, needed_packages, run, write_result
 from aicsd_deploy.console import percent, say
-from aicsd_deploy.recipes import distill
 from aicsd_deploy.runs import new_run_folder
+
+with needed_packages():
+    from aicsd_deploy.config import DistillConfig, add_config_flags, read_config
+    from aicsd_deploy.recipes import distill
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,13 +13,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, run, size_hw, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, needed_packages, run, size_hw, write_result
 from aicsd_deploy.console import percent, say, table
-from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.evaluate import Segmenter, evaluate
 from aicsd_deploy.runs import newest_artifact
-from aicsd_deploy.runtime.base import Backend, open_backend
+
+with needed_packages():
+    from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
+    from aicsd_deploy.evaluate import Segmenter, evaluate
+    from aicsd_deploy.runtime.base import Backend, open_backend
 
 
 def scales(text: str) -> tuple[float, ...]:

@@ -15,15 +15,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, run, write_result
-from aicsd_deploy.config import DistillConfig, add_config_flags, read_config
+from aicsd_deploy.cli import Parser, add_json_flag, needed_packages, run, write_result
 from aicsd_deploy.console import say
-from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.files import write_json, write_text
 from aicsd_deploy.runs import new_run_folder
-from aicsd_deploy.study.cells import StudyConfig, run_study
-from aicsd_deploy.study.plots import draw_strip, plot_study
-from aicsd_deploy.study.results import summarize, to_markdown
+
+with needed_packages():
+    from aicsd_deploy.config import DistillConfig, add_config_flags, read_config
+    from aicsd_deploy.data.spec import open_dataset
+    from aicsd_deploy.study.cells import StudyConfig, run_study
+    from aicsd_deploy.study.plots import draw_strip, plot_study
+    from aicsd_deploy.study.results import summarize, to_markdown
 
 
 def names(text: str) -> list[str]:

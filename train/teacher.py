@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, run, write_result
-from aicsd_deploy.config import TrainConfig, add_config_flags, read_config
+from aicsd_deploy.cli import Parser, add_json_flag, needed_packages, run, write_result
 from aicsd_deploy.console import say
-from aicsd_deploy.data.check import check_dataset, check_splits, write_overlays
-from aicsd_deploy.data.spec import open_dataset
-from aicsd_deploy.recipes import train_teacher
 from aicsd_deploy.runs import new_run_folder
+
+with needed_packages():
+    from aicsd_deploy.config import TrainConfig, add_config_flags, read_config
+    from aicsd_deploy.data.check import check_dataset, check_splits, write_overlays
+    from aicsd_deploy.data.spec import open_dataset
+    from aicsd_deploy.recipes import train_teacher
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,10 +24,10 @@ def pareto(
         intervals_ms: of the median, (low, high).
         miou: fractions, 0 to 1.
     """
-    height, left, right, top, bottom = 360, 56, 150, 16, 44
+    height, left, right, top, bottom = 376, 56, 150, 32, 44
     x_low, x_high = 0.8 * min(p50_ms), 1.25 * max(p50_ms)
     spread = max(0.01, max(miou) - min(miou))
-    y_low, y_high = max(0.0, min(miou) - 0.25 * spread), min(1.0, max(miou) + 0.25 * spread)
+    y_low, y_high = min(miou) - 0.25 * spread, max(miou) + 0.25 * spread  # beyond 0 and 1 too: names need the room
 
     def x(ms: float) -> float:
         return left + (WIDTH - left - right) * (log10(ms / x_low) / log10(x_high / x_low))
@@ -39,7 +39,7 @@ def pareto(
     for tick in _log_ticks(x_low, x_high):
         parts.append(_line(x(tick), top, x(tick), height - bottom, "grid"))
         parts.append(_text(x(tick), height - bottom + 18, f"{tick:g}", "middle"))
-    for tick in _ticks(100 * y_low, 100 * y_high):
+    for tick in _ticks(max(0.0, 100 * y_low), min(100.0, 100 * y_high)):
         parts.append(_line(left, y(tick / 100), WIDTH - right, y(tick / 100), "grid"))
         parts.append(_text(left - 8, y(tick / 100) + 4, f"{tick:g}", "end"))
     parts.append(
@@ -50,7 +50,7 @@ def pareto(
             "middle",
         )
     )
-    parts.append(_text(left - 48, top + 2, "mIoU, %", "start"))
+    parts.append(_text(left - 48, 14, "mIoU, %", "start"))
     best = [i for i in range(len(names)) if not _beaten(i, p50_ms, miou)]
     best.sort(key=lambda i: p50_ms[i])
     points = " ".join(f"{x(p50_ms[i]):.1f},{y(miou[i]):.1f}" for i in best)

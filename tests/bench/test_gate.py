@@ -55,6 +55,8 @@ def test_what_cannot_be_compared_is_refused() -> None:
     rule = [Rule.parse("p50_ms>1.1x")]
     with pytest.raises(InputError, match="say nothing about each other"):
         require_no_worse(report() | {"data": "other"}, report(), rule)
+    with pytest.raises(InputError, match="measured on split 'val', this report on 'test'"):
+        require_no_worse(report() | {"split": "test"}, report(), rule)
     with pytest.raises(InputError, match=r"t\.onnx"):
         require_no_worse({**report(), "artifacts": [{"path": "t.onnx"}]}, report(), rule)
     with pytest.raises(InputError, match="no number 'speed'"):

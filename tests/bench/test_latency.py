@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aicsd_deploy.bench import latency as module
-from aicsd_deploy.bench.latency import Latency, measure_latency, median_interval, ratio_interval
+from aicsd_deploy.bench.latency import Latency, measure_latency, median_interval, prepare_frames, ratio_interval
 from aicsd_deploy.bench.machine_load import MachineLoad, watch_machine
 from aicsd_deploy.metadata import Metadata, SegClass
 from aicsd_deploy.runtime.base import Backend
@@ -66,6 +66,22 @@ def test_warm_up_lasts_until_times_are_stable_and_says_so_if_they_never_are(cloc
     found = measure_latency([growing], FRAMES, rounds=2)[0]
     assert found.warmup_frames == module.WARMUP_MAX
     assert "still changing" in found.noise[0]
+
+
+def test_percentiles_are_those_of_all_frames() -> None:
+    latency = Latency.of([[float(ms) for ms in range(101)]])
+    assert (latency.p50_ms, latency.p90_ms, latency.p95_ms, latency.p99_ms) == pytest.approx((50, 90, 95, 99))
+
+
+def test_frames_come_at_the_size_and_in_the_channel_order_of_the_artefact() -> None:
+    backend = Fake("a", Clock(), [1.0], [])
+    blue = np.zeros((16, 16, 3), np.uint8)
+    blue[..., 0] = 200
+    for order, pixel in (("bgr", [200, 0, 0]), ("rgb", [0, 0, 200])):
+        backend.metadata = backend.metadata.replace(channel_order=order)
+        (prepared,) = prepare_frames(backend, [blue])
+        assert prepared.shape == (1, 8, 8, 3)
+        assert prepared[0, 0, 0].tolist() == pixel
 
 
 def test_no_outlier_is_dropped() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +16,14 @@ from helpers import CLASSES, REPO, call_script
 
 from aicsd_deploy.bench import charts, tables, throughput
 from aicsd_deploy.bench import report as report_module
+from aicsd_deploy.bench.accuracy import score_together
 from aicsd_deploy.bench.footprint import count_work
 from aicsd_deploy.bench.gpu_meter import GpuMeter
 from aicsd_deploy.bench.latency import Stopwatch
 from aicsd_deploy.bench.peak import Peak, measure_peak
 from aicsd_deploy.bench.pictures import LOST_BGR, OTHER_BGR, WON_BGR, draw_difference
 from aicsd_deploy.bench.report_files import to_markdown, write_report
+from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import Metadata
@@ -200,20 +201,68 @@ class Growing(Backend):
     name, device = "growing", "cpu"
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.most, self.now_s = most, 0.0
 
     def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
         if len(frames_NHWC) > self.most:
             raise InputError("CUDA out of memory")
-        time.sleep(0.02)
+        self.now_s += 0.02
         return frames_NHWC[..., 0]
+
+
+def test_frames_per_second_count_every_frame_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Growing(most=2)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: backend.now_s)
+    found = throughput.measure_throughput(backend, [np.zeros((1, 8, 8, 3), np.uint8)])
+    assert found.fps_by_batch == pytest.approx({1: 50, 2: 100})
+    assert (found.best_batch, found.best_fps) == (2, pytest.approx(100))
+
+
+class Painting(Backend):
+    """Labels every pixel as its blue value says, but those of the frames whose red value is in `wrong`."""
+
+    metadata = Metadata("m", CLASSES[:2], (4, 4))
+    name, device = "painting", "cpu"
+
+    def __init__(self, *wrong: int) -> None:
+        self._wrong = wrong
+
+    def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+        red = int(frames_NHWC[0, 0, 0, 2])
+        labels = frames_NHWC[..., 0].copy()
+        labels[0, : self._wrong.count(red)] ^= 1  # a row for each time that it is named
+        return labels
+
+
+class Numbers(SegmentationDataset):
+    """Frames whose red value is their number, and that are class 0 all over."""
+
+    classes, spec, split = CLASSES[:2], "numbers", "val"
+
+    def __len__(self) -> int:
+        return 3
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, labels = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)
+        image[..., 0] = index  # red
+        return image, labels
+
+
+def test_the_frames_shown_are_the_worst_and_a_typical_one() -> None:
+    reference, other = score_together([Painting(0, 0), Painting(1, 1, 2)], Numbers(), reference=0)
+    assert (reference.worst_frame, reference.agreement) == (0, 1)
+    assert (other.worst_frame, other.typical_frame) == (1, 2), "of 0, 1, 2 it loses -2, 2 and 1 rows"
+    assert other.agreement == pytest.approx(1 - 5 / 12)
 
 
 def test_a_batch_that_does_not_fit_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "SECONDS", 0)
     frame = np.zeros((1, 8, 8, 3), np.uint8)
-    found = throughput.measure_throughput(Growing(most=2), [frame])
-    assert list(found.fps_by_batch) == [1, 2]
+    found = throughput.measure_throughput(Growing(most=1), [frame])
+    assert list(found.fps_by_batch) == [1]
     with pytest.raises(InputError, match="out of memory"):
         throughput.measure_throughput(Growing(most=0), [frame])
 

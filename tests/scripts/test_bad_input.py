@@ -188,6 +188,11 @@ CASES = {
     ),
     # Two faults each: what cannot be written is to be said before anything is read.
     "benchmark, a report into a file": ("demo/benchmark.py {t}/cut.onnx --out {t}/text.mp4", "Cannot write"),
+    # Likewise a wrong name, before every file of the data is looked at.
+    "teacher, unknown network for bad data": (
+        "train/teacher.py --data folder:{t}/text_png --model resnet9000 --out {o}",
+        "resnet9000",
+    ),
     "benchmark, missing": ("demo/benchmark.py {t}/none.onnx --out {o}", "none.onnx"),
     "benchmark, cut": ("demo/benchmark.py " + ONNX + " {t}/cut.onnx --out {o}", "cut.onnx"),
     "benchmark, empty": ("demo/benchmark.py {t}/empty.onnx --out {o}", "empty.onnx"),

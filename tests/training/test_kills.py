@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NETWORK, REPO, TINY, call_script, log_lines, write_folder_dataset
+from helpers import CLASSES, NETWORK, REPO, TINY, call_script, log_lines, write_folder_dataset
 
+from aicsd_deploy.checkpoint import Checkpoint
+from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.tracking import RunLog
+from aicsd_deploy.training.last import LastCheckpoints
 
 RUN = [*TINY, "--student", "tiny_network:tiny", "--teacher", "teacher/best.pt", "--epochs", 8, "--save-every", 5, "--log-every", 2, "--resume", "auto"]  # fmt: skip
 
@@ -108,6 +111,19 @@ def test_a_damaged_last_state_is_noticed_and_the_one_before_used(work: Path, dam
     assert "damaged" in said
     assert "going on from step 12" in said
     assert_same(work, out)
+
+
+def test_states_that_a_run_did_not_go_on_from_are_removed(tmp_path: Path) -> None:
+    states = LastCheckpoints(tmp_path, keep=2)
+    metadata = Metadata("m", CLASSES, (8, 8))
+
+    def save(step: int) -> None:
+        states.save(Checkpoint(metadata, {}, {"step": step}))
+
+    save(1)
+    (tmp_path / "step-00000009.pt").write_text("damaged, and so passed over")
+    save(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-00000001.pt"]
 
 
 def test_a_full_disk_leaves_the_state_before_and_says_so(work: Path) -> None:

@@ -14,6 +14,7 @@ from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, LossBreakdown
 from aicsd_deploy.training.fake_quant import imitate_int8
 from aicsd_deploy.training.guard import StepGuard
+from aicsd_deploy.training.optimizer import build_optimizer
 from aicsd_deploy.training.precision import autocast_dtype, lowered
 from aicsd_deploy.training.step import TrainStep
 
@@ -166,6 +167,24 @@ def test_steps_without_labels_are_no_measure_of_what_explodes() -> None:
     assert skipped == [False, False, False, False, True]
 
 
+def test_a_gradient_beyond_float16_is_left_out_and_nothing_is_broken() -> None:
+    guard = StepGuard(Network(0), CPU)
+    values = {"loss": torch.tensor(1.0), "gradient": torch.tensor(torch.inf), "ce": torch.tensor(1.0)}
+    for scaled, broken in ((True, []), (False, [1])):
+        guard.before()
+        assert guard.judge(len(broken), values, scaled=scaled) == 1
+        assert [step.step for step in guard.broken_steps()] == broken
+
+
+def test_the_backbone_learns_more_slowly_and_biases_do_not_decay() -> None:
+    network = nn.Module()
+    network.backbone, network.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+    config = DistillConfig(lr=0.01, backbone_lr_factor=0.1, weight_decay=0.5)
+    groups = build_optimizer(network, config, besides=nn.Module()).param_groups
+    found = {id(p): (group["base_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert [found[id(p)] for p in network.parameters()] == [(0.001, 0.5), (0.001, 0.0), (0.01, 0.5), (0.01, 0.0)]
+
+
 def test_the_state_of_a_step_survives_a_file(batch: Batch, tmp_path: Any) -> None:
     whole, resumed = Network(0), Network(5)
     takers = [step_of(network, ema=0.9, precision="fp16") for network in (whole, resumed)]
@@ -180,6 +199,7 @@ def test_the_state_of_a_step_survives_a_file(batch: Batch, tmp_path: Any) -> Non
     for a, b in ((whole, resumed), (takers[0].validated_network, takers[1].validated_network)):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     assert takers[0].scaler.state_dict() == takers[1].scaler.state_dict()
+    assert takers[0].guard.state_dict() == takers[1].guard.state_dict()
 
 
 def test_the_running_mean_gets_its_ranges_of_int8_back(batch: Batch) -> None:

@@ -97,6 +97,14 @@ def test_a_lost_connection_is_let_go_of() -> None:
     assert handled == [None] * 4
 
 
+def test_damaged_frames_are_counted_once() -> None:
+    connect, made = scripted([1, 2, 3, "end"])
+    with LiveSource("cam", connect) as source:
+        for frame in source:
+            made[0].skipped += frame.index  # 0, 1 and 2 of them come to light
+    assert source.skipped == 3
+
+
 def test_a_source_that_does_not_come_back_is_lost() -> None:
     connect, _ = scripted([1, "lost"])
     with LiveSource("cam", connect, patience_s=0.3) as source:
