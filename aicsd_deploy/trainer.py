@@ -75,6 +75,11 @@ class Trainer:
         self._per_epoch = steps_per_epoch(self.train_data, self.config.batch_size)
         self._total = self.config.epochs * self._per_epoch
         self._check_parts()
+        if 2 * self.config.warmup_steps > self._total:
+            say(
+                f"warning: the learning rate rises for {self.config.warmup_steps} of the {self._total} steps, so little is left to "
+                "learn in. Give a smaller --warmup-steps, or more --epochs."
+            )
         self._prepare()
         if self._at.step >= self._total and self._at.validated == self._at.step:
             say(f"{self.out}: already trained to the end ({self._total} steps).")

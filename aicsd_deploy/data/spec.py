@@ -48,7 +48,8 @@ def open_dataset(spec: str, split: str) -> SegmentationDataset:
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{spec!r} is not a data set: {error}.") from None
     if name not in _IN_FOLDERS or not path:
-        raise InputError(f"{spec!r} is not a data set. Write {SPEC_HELP}.")
+        meant = f" Did you mean folder:{spec}?" if Path(spec).expanduser().is_dir() else ""
+        raise InputError(f"{spec!r} is not a data set. Write {SPEC_HELP}.{meant}")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise InputError(f"The data set folder {root} does not exist (working folder: {Path.cwd()}).")

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
 from aicsd_deploy.errors import VerificationError
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import resize_image
 
 MIN_AGREEMENT = 0.995
+MOSTLY = 0.99
+"""A class with more of the pixels than this leaves too few others to compare."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ def compare(
         by_size[f"{size[0]}x{size[1]}"] = float(same.mean())
         total += np.bincount(expected.ravel(), minlength=len(classes))
         alike += np.bincount(expected[same].ravel(), minlength=len(classes))
+    if (most := total.max() / total.sum()) > MOSTLY:
+        say(
+            f"warning: the network labels {100 * most:.1f} % of these pixels {classes[int(total.argmax())]!r}, so that agreement "
+            "proves little. If there is more to see in the frames, it is not trained enough."
+        )
     by_class = {n: float(a / t) if t else None for n, a, t in zip(classes, alike, total, strict=True)}
     return Agreement(float(alike.sum() / total.sum()), by_size, by_class, len(frames_bgr))
 

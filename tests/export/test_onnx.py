@@ -132,6 +132,19 @@ def test_the_gate_names_the_worst_size_and_classes(trained: Path) -> None:
         require_agreement(agreement, what="x.onnx")
 
 
+def test_a_network_that_sees_one_class_is_said_to_prove_little(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = open_dataset(f"folder:{trained / 'data'}", "val")
+    with open_backend(trained / "runs/student/best.pt") as ours:
+        images = frames_for_comparison(dataset, count=2)
+        compare(ours, ours, images)
+        assert "warning" not in capsys.readouterr().err
+        monkeypatch.setattr(ours, "infer", lambda frames_NHWC: np.ones(frames_NHWC.shape[:3], np.uint8))
+        compare(ours, ours, images)
+    assert f"100.0 % of these pixels {dataset.classes[1].name!r}" in capsys.readouterr().err
+
+
 def test_a_failed_gate_leaves_no_file_and_exit_code_3(trained: Path, tmp_path: Path) -> None:
     program = tmp_path / "broken_export.py"
     program.write_text(

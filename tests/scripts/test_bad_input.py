@@ -79,6 +79,7 @@ CASES = {
     ),
     "teacher, config that is no YAML": ("train/teacher.py --config {t}/bad.yaml --out {o}", "bad.yaml"),
     "teacher, config with an unknown setting": ("train/teacher.py --config {t}/unknown.yaml --out {o}", "epocs"),
+    "teacher, folder without its kind": ("train/teacher.py --data data --out {o}", "Did you mean folder:data?"),
     "teacher, too large batch": ("train/teacher.py --data folder:data --batch-size 99 --out {o}", "99"),
     "teacher, size in words": ("train/teacher.py --config {t}/wrong_size.yaml --out {o}", "huge"),
     "teacher, endless rate": ("train/teacher.py --config {t}/wrong_number.yaml --out {o}", "lr"),
