@@ -55,7 +55,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert both.returncode == 0, both.stderr
     assert both.stderr.count("going on from") == 0
-    assert both.stderr.count("device: cpu, 1 threads, 2 processes") == 3, "once a run: only one process speaks"
+    assert both.stderr.count("device: cpu, threads: 1, 2 processes") == 3, "once a run: only one process speaks"
     return work
 
 
