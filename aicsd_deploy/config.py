@@ -152,7 +152,9 @@ class MethodConfig(BaseModel):
         "weighted by ALW; to compare with: at (attention transfer), sp (similarity-preserving), ickd (inter-channel "
         "correlation), which compare features of all pixels, cwd (channel-wise), dist (correlation)",
     )
-    lambda_icsd: float = Field(100.0, ge=0, description="weight of the ICSD term; try 10 too, which did better in our small studies")
+    lambda_icsd: float = Field(
+        100.0, ge=0, description="weight of the ICSD term; try 10 too, which did better in our small studies"
+    )
     lambda_kd: float = Field(1.0, ge=0, description="weight of the pixel-wise term")
     lambda_rival: float | None = Field(
         None,
