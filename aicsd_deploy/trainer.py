@@ -75,15 +75,15 @@ class Trainer:
         self._per_epoch = steps_per_epoch(self.train_data, self.config.batch_size)
         self._total = self.config.epochs * self._per_epoch
         self._check_parts()
+        self._prepare()
+        if self._at.step >= self._total and self._at.validated == self._at.step:
+            say(f"{self.out}: already trained to the end ({self._total} steps).")
+            return
         if 2 * self.config.warmup_steps > self._total:
             say(
                 f"warning: the learning rate rises for {self.config.warmup_steps} of the {self._total} steps, so little is left to "
                 "learn in. Give a smaller --warmup-steps, or more --epochs."
             )
-        self._prepare()
-        if self._at.step >= self._total and self._at.validated == self._at.step:
-            say(f"{self.out}: already trained to the end ({self._total} steps).")
-            return
         with ExitStack() as stack:
             self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step) if self._main else None
             if self._log is not None:

@@ -143,18 +143,17 @@ class Stopwatch:
         self._prepared = [prepare_frames(backend, frames_bgr) for backend in backends]
         self._warm = [_warm_up(backend, frames) for backend, frames in zip(backends, self._prepared, strict=True)]
         self._times_ms: list[list[list[float]]] = [[] for _ in backends]
-        self._rounds = 0
 
     def run_round(self) -> None:
         """Give every backend its turn; each round starts with another one."""
+        done = len(self._times_ms[0])
         for place in range(len(self._backends)):
-            which = (self._rounds + place) % len(self._backends)
+            which = (done + place) % len(self._backends)
             backend, frames = self._backends[which], self._prepared[which]
-            backend.infer(frames[self._rounds % len(frames)])
-            start = self._rounds * self._per_round
+            backend.infer(frames[done % len(frames)])
+            start = done * self._per_round
             turn = [_infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + self._per_round)]
             self._times_ms[which].append(turn)
-        self._rounds += 1
 
     def latencies(self) -> list[Latency]:
         """Return what was measured, in the order of the backends."""

@@ -100,6 +100,7 @@ def measure_loss(
         agreement = compare(reference, candidate, pictures, sizes=sizes)
     except InputError as error:
         raise VerificationError(f"It does not run at every size it was built for: {error} It was not kept.") from error
+    agreement.say_if_it_proves_little()
     names = reference.metadata.class_names
     ours = evaluate(candidate, some, title="scoring the engine").scores(names)
     theirs = evaluate(reference, some, title="scoring the reference").scores(names)

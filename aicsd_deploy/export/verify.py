@@ -26,13 +26,24 @@ class Agreement:
         share: part of all pixels that both label alike, 0 to 1.
         by_size: the same for every frame size that was tried, HxW.
         by_class: for every class, the part of the reference's pixels that the other labels alike; None where it has none.
+        largest_class: the class that most of the reference's pixels have, and the part of them that do.
         frames: how many frames were compared, counted once a size.
     """
 
     share: float
     by_size: dict[str, float]
     by_class: dict[str, float | None]
+    largest_class: tuple[str, float]
     frames: int
+
+    def say_if_it_proves_little(self) -> None:
+        """Warn where nearly all pixels are of one class."""
+        name, share = self.largest_class
+        if share > MOSTLY:
+            say(
+                f"warning: the network labels {100 * share:.1f} % of these pixels {name!r}, so that agreement proves little. If "
+                "there is more to see in the frames, it is not trained enough."
+            )
 
 
 def frames_for_comparison(dataset: SegmentationDataset, *, count: int) -> list[UInt8Array]:
@@ -69,17 +80,14 @@ def compare(
         by_size[f"{size[0]}x{size[1]}"] = float(same.mean())
         total += np.bincount(expected.ravel(), minlength=len(classes))
         alike += np.bincount(expected[same].ravel(), minlength=len(classes))
-    if (most := total.max() / total.sum()) > MOSTLY:
-        say(
-            f"warning: the network labels {100 * most:.1f} % of these pixels {classes[int(total.argmax())]!r}, so that agreement "
-            "proves little. If there is more to see in the frames, it is not trained enough."
-        )
     by_class = {n: float(a / t) if t else None for n, a, t in zip(classes, alike, total, strict=True)}
-    return Agreement(float(alike.sum() / total.sum()), by_size, by_class, len(frames_bgr))
+    largest = (classes[int(total.argmax())], float(total.max() / total.sum()))
+    return Agreement(float(alike.sum() / total.sum()), by_size, by_class, largest, len(frames_bgr))
 
 
 def require_agreement(agreement: Agreement, *, what: str, minimum: float = MIN_AGREEMENT) -> None:
     """Raise VerificationError where any size agrees on fewer pixels than `minimum`, naming the worst classes."""
+    agreement.say_if_it_proves_little()
     worst_size, worst = min(agreement.by_size.items(), key=lambda item: item[1])
     if worst >= minimum:
         return
