@@ -74,7 +74,7 @@ class Augmentation:
     def recolor(self, images_BCHW: Tensor, *, seeds: Sequence[int]) -> Tensor:
         """Return pictures, uint8 (B, 3, H, W), in other colours, each by its seed.
 
-        It is half of the work or more, and next to nothing for a GPU; so it is not done picture by picture by the workers.
+        It is a large part of the work (docs/results/throughput.md) that a GPU can take from the workers.
         """
         if self.color_jitter == 0:
             return images_BCHW
