@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 
 from aicsd_deploy.console import progress
-from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.data.dataset import LabelledImage, SegmentationDataset
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.metrics import ConfusionMatrix
@@ -16,6 +18,8 @@ from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
 
 Segmenter = Callable[[UInt8Array], UInt8Array]
+READERS = 4
+"""Images that are read while a GPU segments one: to read a large one takes several times as long."""
 
 
 def evaluate(
@@ -44,11 +48,25 @@ def evaluate(
     matrix = ConfusionMatrix(len(dataset.classes))
     indices = range(share[0], len(dataset), share[1])
     with progress(title, len(indices)) as advance:
-        for index in indices:
-            image_rgb, labels = dataset.load(index)
+        for image_rgb, labels in _loaded(dataset, indices, readers=0 if backend.device == "cpu" else READERS):
             matrix.add(segmenter(np.ascontiguousarray(image_rgb[..., ::-1])), labels)
             advance()
     return matrix
+
+
+def _loaded(dataset: SegmentationDataset, indices: Sequence[int], *, readers: int) -> Iterator[LabelledImage]:
+    """Give images in order; up to `readers` more are being read meanwhile. With none, nothing takes cores from the network."""
+    if not readers:
+        yield from map(dataset.load, indices)
+        return
+    ahead: deque[Future[LabelledImage]] = deque()
+    with ThreadPoolExecutor(readers, thread_name_prefix="reader") as pool:
+        for index in indices:
+            ahead.append(pool.submit(dataset.load, index))
+            if len(ahead) > readers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def check_same_classes(ours: tuple[SegClass, ...], theirs: tuple[SegClass, ...], *, spec: str) -> None:
