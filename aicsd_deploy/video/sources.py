@@ -263,7 +263,7 @@ def read_image(path: Path) -> UInt8Array | None:
 
 def sane_fps(rate: Fraction | None) -> Fraction:
     """Return a rate that can be true, or 25: a stream without time stamps may claim 0 or 90000 frames a second."""
-    return rate if rate is not None and 0 < rate <= 1000 else Fraction(25)
+    return Fraction(rate) if rate is not None and 0 < rate <= 1000 else Fraction(25)
 
 
 def in_order(folder: Path, suffixes: Collection[str]) -> list[Path]:

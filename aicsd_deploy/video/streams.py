@@ -15,7 +15,7 @@ from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.live import Connection, ConnectionLostError, LiveSource
 from aicsd_deploy.video.sources import Source
-from aicsd_deploy.video.video_file import FileSource, ToBgr, av, display_matrix, upright
+from aicsd_deploy.video.video_file import ANY_METADATA, FileSource, ToBgr, av, display_matrix, upright
 
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 3.0
@@ -37,7 +37,7 @@ class StreamConnection(Connection):
                 format=container_format,
                 options=options,
                 timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
-                metadata_errors="replace",
+                **ANY_METADATA,
             )
         except (av.error.FFmpegError, OSError) as error:
             raise InputError(

@@ -27,6 +27,8 @@ except ImportError as missing:
 if TYPE_CHECKING:
     from av.container import InputContainer
 
+ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""For `av.open`: titles that are no UTF-8 are no reason to refuse a file, which PyAV knows by itself from 19 on."""
 AVFMT_TS_DISCONT = 0x0200  # of FFmpeg's libavformat/avformat.h
 MOST_PIXELS_ALONE = 1920 * 1088
 """Up to this size one thread decodes fast enough. Of several, each holds a picture, and damage at the end costs them all."""
@@ -69,7 +71,7 @@ class FileSource(Source):
             if self._stream.width * self._stream.height <= MOST_PIXELS_ALONE:
                 self._stream.codec_context.thread_count = 1
             self.fps = sane_fps(self._stream.average_rate or self._stream.guessed_rate)
-            self.time_base = self._stream.time_base or CLOCK
+            self.time_base = Fraction(self._stream.time_base or CLOCK)
             self.frame_count = self._stream.frames or None
             self._to_bgr = ToBgr()
             self._first_dts: int | None = None
@@ -85,7 +87,7 @@ class FileSource(Source):
             raise
         self.size_hw = (self._first[0].shape[0], self._first[0].shape[1])
         if aspect := self._stream.sample_aspect_ratio:
-            self.pixel_aspect = 1 / aspect if self._turned else aspect
+            self.pixel_aspect = 1 / Fraction(aspect) if self._turned else Fraction(aspect)
 
     def __iter__(self) -> Iterator[Frame]:
         waiting, self._first = self._first, None
@@ -155,7 +157,8 @@ def open_container(path: Path | str) -> InputContainer:
     """
     name = os.path.abspath(path) if os.path.isfile(path) else str(path)  # a colon in a name is no protocol
     options = {"pattern_type": "none"} if "%" in name else {}  # nor is img%03d.png a series
-    return av.open(name, options=options, metadata_errors="replace")
+    container: InputContainer = av.open(name, options=options, **ANY_METADATA)
+    return container
 
 
 def timeline_of(container: InputContainer, *, step_s: Fraction) -> Timeline:
