@@ -70,7 +70,7 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
             k: v for k, v in asked.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT
         }
         train_teacher(TrainConfig(**shared | {"image_size": config.image_size}), own, resume=True)
-    classes = open_dataset(config.data, "val").classes
+    classes = listed(config.data, "val").classes
     teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
     say(f"teacher: {name} ({teacher.metadata.model})")
     return _train(config, out, role="student", method=config.method, teacher=teacher, resume=resume)
@@ -88,6 +88,10 @@ def _teacher_of(out: Path, own: Path, data: str) -> tuple[str | None, bool]:
     return None if newest is None else str(newest), False
 
 
+listed = lru_cache(maxsize=2)(open_dataset)
+"""The splits of a data set with their files listed, but not looked at: a long list is read, and what is odd in it said, once."""
+
+
 @lru_cache(maxsize=1)  # the trainings of one process (teacher, student) share what is loaded
 def open_checked(spec: str, cache_gib: float) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Open training and validation data, look at every file, and keep in memory what fits.
@@ -97,7 +101,7 @@ def open_checked(spec: str, cache_gib: float) -> tuple[SegmentationDataset, Segm
     """
     room_bytes, opened = int(cache_gib * 2**30), []
     for split in ("train", "val"):
-        dataset = CachedDataset(open_dataset(spec, split), limit_bytes=room_bytes)
+        dataset = CachedDataset(listed(spec, split), limit_bytes=room_bytes)
         check_dataset(dataset)  # fills the cache; workers are forked later and share it
         room_bytes -= dataset.kept_bytes
         say(f"{spec} ({split}): {dataset.kept_images} of {len(dataset)} images kept in memory")
@@ -128,7 +132,7 @@ def _train(
     say(f"device: {device}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "") + processes)
     torch.manual_seed(derived_seed("weights", config.seed))
     # Before the data is looked at, which can take minutes: a name that is wrong is told at once.
-    classes = open_dataset(config.data, "train").classes
+    classes = listed(config.data, "train").classes
     network = build_model(config.model, num_classes=len(classes), backbone_weights=config.backbone_weights)
     train_data, val_data = open_checked(config.data, config.cache)
     metadata = Metadata(

@@ -89,9 +89,10 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
 
 def call_script(script: str, *arguments: object, cwd: Path, timeout: float = 0) -> subprocess.CompletedProcess[str]:
     """Run one of the commands inside this process, which saves the seconds that importing torch takes; else as `run_script`."""
-    from aicsd_deploy.recipes import open_checked
+    from aicsd_deploy.recipes import listed, open_checked
 
-    open_checked.cache_clear()  # it knows data sets by paths relative to the working folder
+    listed.cache_clear()  # both know data sets by paths relative to the working folder
+    open_checked.cache_clear()
     path, out, err, code = str(REPO / script), io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)

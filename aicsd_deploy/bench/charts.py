@@ -55,7 +55,7 @@ def pareto(
     best.sort(key=lambda i: p50_ms[i])
     points = " ".join(f"{x(p50_ms[i]):.1f},{y(miou[i]):.1f}" for i in best)
     parts.append(f'<polyline points="{points}" class="front"/>')
-    label_y: list[float] = []
+    taken = [(x(ms) - 8, y(score) - 8, x(ms) + 8, y(score) + 8) for ms, score in zip(p50_ms, miou, strict=True)]
     for i in sorted(range(len(names)), key=lambda i: y(miou[i])):
         at_x, at_y = x(p50_ms[i]), y(miou[i])
         low, high = intervals_ms[i]
@@ -64,12 +64,30 @@ def pareto(
         parts.append(
             f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="6" class="s{i % 8}"><title>{escape(text)}</title></circle>'
         )
-        place = at_y + 4
-        while any(abs(place - other) < 14 for other in label_y):  # names of neighbours must not lie on each other
-            place += 2
-        label_y.append(place)
-        parts.append(_text(at_x + 11, place, names[i], "start", "label"))
+        label_x, label_y, anchor = _place_for_name(names[i], at_x, at_y, taken)
+        parts.append(_text(label_x, label_y, names[i], anchor, "label"))
     return _svg(height, "mIoU over latency", parts)
+
+
+_Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels of the drawing."""
+
+
+def _place_for_name(name: str, at_x: float, at_y: float, taken: list[_Box]) -> tuple[float, float, str]:
+    """Return x, baseline and anchor of a name beside its dot, and take the place: right or left of it, as near as it is free."""
+    width = 7.0 * len(name)
+    places = []
+    for shift in (0, *(sign * step for step in range(4, 121, 4) for sign in (1, -1))):
+        for anchor, left in (("start", at_x + 11), ("end", at_x - 11 - width)):
+            box = (left, at_y + shift - 7, left + width, at_y + shift + 7)
+            crossed = sum(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
+            )
+            outside = left < 0 or box[2] > WIDTH
+            places.append((outside, crossed, anchor, box))
+    _, _, anchor, box = min(places, key=lambda place: place[:2])  # the first, so the nearest, of the best
+    taken.append(box)
+    return (box[0] if anchor == "start" else box[2]), box[3] - 3, anchor
 
 
 def stage_bars(names: Sequence[str], stages_ms: Sequence[dict[str, float]], p50_ms: Sequence[float]) -> str:

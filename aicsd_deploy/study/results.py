@@ -102,7 +102,7 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
             "",
             f"    {command}",
             "",
-            f"Seeds {', '.join(map(str, study['seeds']))}; {study['epochs']} epochs"
+            f"Seeds {', '.join(map(str, study['seeds']))}; {study['epochs']} epoch{'' if study['epochs'] == 1 else 's'}"
             + ("" if size is None else f", networks working at {size[0]}x{size[1]}")
             + ("" if teacher is None else f"; teacher {_points(teacher['miou'])} % at that size")
             + ". Every method has the same recipe, weights and order of images for a seed.",

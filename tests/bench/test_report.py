@@ -313,6 +313,25 @@ def test_the_pareto_front_leaves_out_what_is_beaten_in_both() -> None:
     assert len(points.split()) == 2
 
 
+def test_names_in_the_pareto_plot_lie_neither_on_each_other_nor_on_dots() -> None:
+    names = ["student.openvino.int8.onnx", "student.int8.onnx", "student.onnx", "student.pt", "student.plan"]
+    p50_ms, miou = [16.0, 16.5, 18.0, 18.2, 18.1], [0.608, 0.608, 0.609, 0.607, 0.608]
+    drawing = charts.pareto(names, p50_ms, [(ms, ms) for ms in p50_ms], miou)
+    boxes = [
+        (float(x) - 6, float(y) - 6, float(x) + 6, float(y) + 6)
+        for x, y in re.findall(r'<circle cx="([^"]*)" cy="([^"]*)"', drawing)
+    ]
+    for name in names:
+        found = re.search(rf'<text x="([^"]*)" y="([^"]*)" text-anchor="(start|end)"[^>]*>{name}<', drawing)
+        assert found is not None
+        x, baseline, width = float(found[1]), float(found[2]), 6.5 * len(name)
+        left = x if found[3] == "start" else x - width
+        box = (left, baseline - 10, left + width, baseline + 2)
+        assert not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes), name
+        boxes.append(box)
+    assert len(boxes) == 2 * len(names)
+
+
 def test_names_from_outside_do_not_become_markup(report: dict[str, Any], tmp_path: Path) -> None:
     odd = json.loads(json.dumps(report))
     odd["artifacts"][0]["path"] = "<script>x"

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import call_script
+from helpers import NETWORK, TINY, call_script
 from PIL import Image
 
 from aicsd_deploy.data.check import check_dataset, write_overlays
@@ -303,6 +303,15 @@ def test_masks_without_an_image_are_said(folder_data: Path, capsys: pytest.Captu
     (folder_data / "train.txt").write_text("001\n")
     open_dataset(f"folder:{folder_data}", "train")
     assert not capsys.readouterr().err
+
+
+def test_a_training_says_once_what_is_odd_in_the_data(folder_data: Path) -> None:
+    (folder_data / "train/images/000.png").rename(folder_data / "train/images/000.gif")
+    (folder_data.parent / "tiny_network.py").write_text(NETWORK)
+    arguments = [*TINY, "--model", "tiny_network:tiny", "--epochs", 1, "--out", "run"]
+    result = call_script("train/teacher.py", *arguments, cwd=folder_data.parent)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("1 of the masks") == 1
 
 
 def test_files_that_macos_leaves_beside_others_are_passed_over(folder_data: Path) -> None:
