@@ -6,12 +6,16 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import NETWORK_WITH_BACKBONE, call_script, write_folder_dataset
 
-from aicsd_deploy.study.results import paired_difference
+from aicsd_deploy.config import DistillConfig
+from aicsd_deploy.study import cells as cells_module
+from aicsd_deploy.study.cells import StudyConfig
+from aicsd_deploy.study.results import paired_difference, summarize
 
 RECIPE = """
 data: folder:data
@@ -126,6 +130,29 @@ def test_adapters_are_saved_with_the_run_and_not_with_the_student(studied: Path)
 
 def cells(*scores: float) -> list[dict[str, float]]:
     return [{"seed": seed, "miou": score} for seed, score in enumerate(scores)]
+
+
+def test_a_cell_counts_its_last_epoch_not_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trains(settings: DistillConfig, folder: Path, *, resume: bool) -> dict[str, Any]:
+        folder.mkdir()
+        lines = [{"epoch": e, "val": {"miou": m, "per_class_iou": {"a": m}}} for e, m in ((1, 0.5), (2, 0.7), (3, 0.6))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return {"miou": 0.7, "seconds": 1.0, "teacher": None, "provenance": {}, "parameters": 1}
+
+    monkeypatch.setattr(cells_module, "distill", trains)
+    cell = cells_module._run_cell(DistillConfig(method="none"), "none", tmp_path / "cell")
+    assert (cell["miou"], cell["best_miou"], cell["per_class_iou"]) == (0.6, 0.7, {"a": 0.6})
+    assert summarize(StudyConfig(methods=["none"]), [cell])["methods"]["none"]["miou_mean"] == 0.6
+
+
+def test_pairs_are_cells_of_the_same_seed_in_whatever_order_they_came() -> None:
+    ours = [{"seed": 2, "miou": 0.72}, {"seed": 0, "miou": 0.51}, {"seed": 5, "miou": 0.9}]
+    theirs = [{"seed": 0, "miou": 0.5}, {"seed": 1, "miou": 0.1}, {"seed": 2, "miou": 0.7}]
+    found = paired_difference(ours, theirs)
+    assert found is not None
+    assert found["seeds"] == 2
+    assert found["mean"] == pytest.approx(0.015)
+    assert found["standard_error"] == pytest.approx(0.005)
 
 
 def test_paired_difference_by_hand() -> None:
