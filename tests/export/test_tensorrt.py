@@ -6,7 +6,11 @@ import ctypes
 import importlib
 import importlib.metadata
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +29,7 @@ from aicsd_deploy.export.engine import choose_flavor
 from aicsd_deploy.export.engine_checks import require_precision
 from aicsd_deploy.export.gate import measure_loss
 from aicsd_deploy.export.onnx_export import export_onnx
+from aicsd_deploy.export.ranges import layer_errors
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, build_engine
 from aicsd_deploy.files import sha256
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
@@ -135,6 +140,59 @@ def test_int8_with_a_channel_that_is_nearly_dead(small: Path, tmp_path: Path) ->
         "dead.onnx", "--int8", "-o", "s.plan", "--reference", small.with_name("best.pt"), *loose, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_layer_with_float_weights_does_not_compute_in_int8(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(quantise(small, tmp_path / "int8.onnx", **SYMMETRIC))
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    made_by = {node.output[0]: node for node in model.graph.node}
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    values, scale = (numpy_helper.to_array(weights[name]) for name in made_by[conv.input[1]].input[:2])
+    floats = (values * scale.reshape(-1, 1, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(floats, "floats"))
+    conv.input[1] = "floats"
+    found = build_engine(model, "rtx", BuildOptions()).precision
+    assert found.weights["fp32"] == floats.size
+    assert found.weighted_layers["fp32"] == 1
+    assert found.exceptions == (conv.name,)
+
+
+def test_nodes_without_names(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(small)
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, tmp_path / "net.onnx")
+    result = build("net.onnx", "--reference", small.with_name("best.pt"), "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_errors_of_values_whose_squares_float32_cannot_hold() -> None:
+    def scaled(by: float) -> onnx.ModelProto:
+        return onnx.parser.parse_model(
+            f"""<ir_version: 9, opset_import: ["" : 18]> agraph (uint8[4] x) => (float[4] z)
+            <float large = {{1e30}}, float by = {{{by}}}> {{
+                y = Cast<to = 1>(x)
+                large_y = Mul(y, large)
+                z = Mul(large_y, by)
+            }}"""
+        )
+
+    frames = [np.arange(4, dtype=np.uint8)]
+    errors = layer_errors(scaled(1.0), scaled(1.25), frames)
+    assert list(errors.values()) == pytest.approx([0.25, 0, 0])
+    assert next(iter(errors)) == "node_of_z"
+
+
+def test_ctrl_c_ends_a_build(small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    @contextmanager
+    def progress(*_: object) -> Iterator[Any]:
+        yield lambda: os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("aicsd_deploy.export.tensorrt_build.progress", progress)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(onnx.load(small), "rtx", BuildOptions())
+    assert "Exception" not in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_twice_the_same_engine(small: Path) -> None:
