@@ -86,7 +86,11 @@ _QUANTISED = ("int8", "fp8")
 
 
 def refuse_unfit_options(flavor: Flavor, options: BuildOptions) -> None:
-    """Raise InputError for an option that a flavor does not have."""
+    """Raise InputError for an option that a flavor does not have, or that cannot be meant."""
+    if options.workspace_mib is not None and options.workspace_mib > 1 << 20:
+        raise InputError(
+            f"--workspace {options.workspace_mib}: it is in MiB, so no card has that much; 4096 are 4 GiB."
+        )
     if flavor == "tensorrt" and options.targets:
         raise InputError(
             "--target is for --flavor rtx. TensorRT builds for the GPU of the machine it runs on; --hardware-compatible lets the "

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import call_script, random_checkpoint
+from helpers import call_script, random_checkpoint, write_folder_dataset
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, MissingDependencyError, VerificationError
@@ -31,6 +32,7 @@ from aicsd_deploy.export.gate import measure_loss
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.ranges import layer_errors
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, build_engine
+from aicsd_deploy.export.verify import compare
 from aicsd_deploy.files import sha256
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.runtime import driver, tensorrt_module
@@ -276,6 +278,19 @@ class Seen(SegmentationDataset):
         return SCENES.load(0)
 
 
+def test_frames_are_compared_a_few_at_a_time() -> None:
+    class Counting(ByBrightness):
+        def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+            batches.append(len(frames_NHWC))
+            return super().infer(frames_NHWC)
+
+    batches: list[int] = []
+    metadata = Metadata("m", SCENES.classes, (16, 16), dynamic=("batch",))
+    frames = [SCENES.load(i)[0] for i in range(9)]
+    assert compare(ByBrightness(metadata), Counting(metadata), frames).share == 1
+    assert batches == [4, 4, 1]
+
+
 def test_the_gates_images_are_spread_over_all() -> None:
     backend, seen = ByBrightness(Metadata("m", SCENES.classes, (16, 16))), Seen(31)
     measure_loss(backend, backend, seen, frames=16)
@@ -462,6 +477,77 @@ def test_the_driver_is_read_without_loading_anything_else(monkeypatch: pytest.Mo
     with pytest.raises(MissingDependencyError, match="no GPU 1"):
         driver.require_gpu(1, why="x")
     assert ctypes is driver.ctypes
+
+
+def other_output(model: onnx.ModelProto) -> None:
+    cast = model.graph.node.pop()
+    model.graph.output[0].name = cast.input[0]
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+
+
+def other_size(model: onnx.ModelProto) -> None:
+    text = next(entry for entry in model.metadata_props if entry.key == ONNX_KEY)
+    text.value = json.dumps(json.loads(text.value) | {"image_size_hw": [32, 32]})
+
+
+def other_batch(model: onnx.ModelProto) -> None:
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+@pytest.mark.parametrize("change", [other_output, other_size, other_batch])
+def test_a_file_that_is_not_what_its_metadata_say_is_refused(change: Any, small: Path, tmp_path: Path) -> None:
+    model = onnx.load(small)
+    change(model)
+    onnx.save(model, tmp_path / "net.onnx")
+    result = build("net.onnx", "--reference", small.with_name("best.pt"), "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "changed after its export" in result.stderr
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"channel_order": "rgb"}, "1x64x96, rgb) than the ONNX file (1x64x96, bgr)"),
+        ({"image_size_hw": (32, 64)}, "1x32x64"),
+        ({"classes": SCENES.classes[::-1]}, "other classes"),
+    ],
+)
+def test_a_reference_for_other_frames_or_classes_is_refused(
+    changes: dict[str, Any], expected: str, small: Path, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(small.with_name("best.pt"))
+    export_onnx(checkpoint, checkpoint.metadata.replace(**changes), tmp_path / "other.onnx")
+    result = build(small, "--reference", "other.onnx", "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--reference", "none.pt"], "none.pt"), (["--data", "folder:data"], "classes are not those of folder:data")],
+)
+def test_what_the_comparison_needs_is_looked_at_before_building(
+    flags: list[str], expected: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aicsd_deploy.export.engine.build_engine", lambda *_: pytest.fail("it was built"))
+    write_folder_dataset(tmp_path / "data")
+    result = build(small, *flags, "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert expected in result.stderr
+
+
+def test_quantised_without_zero_points_is_unsigned_and_refused(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(quantise(small, tmp_path / "int8.onnx", **SYMMETRIC))
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            del node.input[2:]
+    onnx.save(model, tmp_path / "net.onnx")
+    result = build("net.onnx", "--int8", "--reference", small.with_name("best.pt"), "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "asymmetrically" in result.stderr
 
 
 def test_a_graph_that_tensorrt_cannot_parse_names_the_node(small: Path, tmp_path: Path) -> None:
