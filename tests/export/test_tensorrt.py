@@ -125,6 +125,33 @@ def test_every_student_in_every_precision(exported: dict[str, Path], name: str, 
         assert (tmp_path / "s.plan").stat().st_size < half * weights + 2_500_000
 
 
+def as_fp8(path: Path, out: Path) -> Path:
+    """Turn the int8 values and zero points of a quantised file into float8."""
+    model = onnx.version_converter.convert_version(onnx.load(path), 19)
+    model.metadata_props.extend(onnx.load(path).metadata_props)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            values = numpy_helper.to_array(tensor).astype(np.float32).ravel()
+            kind = onnx.TensorProto.FLOAT8E4M3FN
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, tensor.dims, values))
+    del model.graph.value_info[:]
+    onnx.save(model, out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenetv2", "lraspp_resnet18"])
+def test_fp8(exported: dict[str, Path], name: str, tmp_path: Path) -> None:
+    path = as_fp8(quantise(exported[name], tmp_path / "int8.onnx", **SYMMETRIC), tmp_path / "fp8.onnx")
+    flags = ["--reference", exported[name].with_name("best.pt"), "--min-agreement", 0, "--max-miou-drop", 100]
+    result = build(path, "--fp8", "--target", "sm89", *flags, "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    card = json.loads((tmp_path / "s.plan.json").read_text())
+    assert card["precision_found"]["weights"].keys() == card["precision_found"]["weighted_layers"].keys() == {"fp8"}
+    result = build(path, "--fp8", "--target", "sm86", *flags, "-o", "t.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "sm86" in result.stderr
+
+
 def test_int8_with_a_channel_that_is_nearly_dead(small: Path, tmp_path: Path) -> None:
     model = onnx.load(quantise(small, small.with_name("int8.onnx"), **SYMMETRIC))
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
