@@ -95,12 +95,22 @@ def fraction(text: str) -> float:
 
 def fraction_of_100(text: str) -> float:
     """Read points of a hundred, 0 to 100, as a fraction: "1" is 0.01."""
-    return _number_to(100, text) / 100
+    return points_of_100(text) / 100
+
+
+def points_of_100(text: str) -> float:
+    """Read points of a hundred, 0 to 100."""
+    return _number_to(100, text)
 
 
 def names(text: str) -> tuple[str, ...]:
     """Read "sm86,sm89" as its parts, each once, in small letters."""
-    return tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+    found = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError(
+            "no name is given; leave the flag out, or give one or more, for example sm86,sm89"
+        )
+    return found
 
 
 def _number_to(limit: int, text: str) -> float:
@@ -149,6 +159,14 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write the result as JSON to FILE (- for standard output)"
     )
+
+
+def keep_apart(result: Path | None, *others: Path) -> None:
+    """Raise InputError where `--json`, the file `result`, is one of the others that a command reads or writes."""
+    if result is not None and result.resolve() in [path.resolve() for path in others]:
+        raise InputError(
+            f"--json {result} would replace a file that this command reads or writes. Give it another name."
+        )
 
 
 def write_result(result: dict[str, Any], path: Path | None) -> None:

@@ -15,7 +15,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, fraction_of_100, needed_packages, positive_int, run, write_result
+from aicsd_deploy.cli import (
+    Parser,
+    add_json_flag,
+    fraction_of_100,
+    keep_apart,
+    needed_packages,
+    positive_int,
+    run,
+    write_result,
+)
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import atomic_path
@@ -45,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--frames", type=positive_int, metavar="N", default=32, help="training images to calibrate on")
     parser.add_argument(
-        "--method",
-        choices=["best", *METHODS],
-        default="best",
-        help="how ranges are chosen; best tries all and keeps what scores best",
+        "--method", choices=["best", *METHODS], default="best", help="how ranges are chosen; best tries every way"
     )
     parser.add_argument(
         "--max-miou-drop",
@@ -70,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if out.suffix != ".onnx":
         raise InputError(f"{out} must end in .onnx.")
+    keep_apart(args.json, source, out)
     with open_backend(source, device="cpu") as backend:
         spec = args.data or backend.metadata.data
     val = open_dataset(spec, "val")

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, needed_packages, positive_int, run, size_hw, write_result
+from aicsd_deploy.cli import (
+    Parser,
+    add_json_flag,
+    keep_apart,
+    needed_packages,
+    positive_int,
+    run,
+    size_hw,
+    write_result,
+)
 from aicsd_deploy.console import percent, say
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import atomic_path, sha256
@@ -54,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)"
     )
     parser.add_argument(
-        "--channels",
-        choices=["bgr", "rgb"],
-        default="bgr",
-        help="channel order of the frames; bgr as OpenCV and cameras give it",
+        "--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it"
     )
     parser.add_argument("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set")
     parser.add_argument(
@@ -77,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{args.out} must end in .onnx.")
     checkpoint = load_checkpoint(path)
     out = args.out or path.with_name(f"{checkpoint.metadata.role}.onnx")
+    keep_apart(args.json, path, out)
     metadata = checkpoint.metadata.replace(
         image_size_hw=args.image_size or checkpoint.metadata.image_size_hw,
         channel_order=args.channels,

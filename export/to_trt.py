@@ -20,8 +20,10 @@ from aicsd_deploy.cli import (
     Parser,
     add_json_flag,
     fraction,
+    keep_apart,
     names,
     needed_packages,
+    points_of_100,
     positive_int,
     run,
     shape_nhw,
@@ -73,7 +75,7 @@ def make_parser() -> Parser:
     add("--frames", type=positive_int, metavar="N", default=16, help="how many images the comparison takes")
     add("--reference", type=Path, metavar="FILE", help="checkpoint, or float .onnx, to compare with (default: the checkpoint it was exported from, if it lies beside the file; else the file itself)")
     add("--min-agreement", type=fraction, metavar="SHARE", help="smallest share of pixels labelled as the reference does (default: 0.999 fp32, 0.995 fp16, 0.98 bf16, 0.95 int8 and fp8)")
-    add("--max-miou-drop", type=float, metavar="POINTS", help="largest fall of mIoU, in points of a hundred (default: 0.1 fp32, 0.5 fp16; 1 bf16, int8 and fp8)")
+    add("--max-miou-drop", type=points_of_100, metavar="POINTS", help="largest fall of mIoU, in points of a hundred (default: 0.1 fp32, 0.5 fp16; 1 bf16, int8 and fp8)")
     # fmt: on
     add_json_flag(parser)
     return parser
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     existing_file(onnx, "The ONNX file")
     if out.suffix != ".plan":
         raise InputError(f"{out} must end in .plan.")
+    keep_apart(args.json, onnx, out, card_path(out))
     flavor, reason = choose_flavor(args.flavor)
     options = BuildOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(BuildOptions)})
     refuse_unfit_options(flavor, options)
@@ -97,18 +100,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tf32 = " with TF32" if args.tf32 else ", TF32 off"
     say(f"{onnx} → {out}: {args.precision}{tf32 if args.precision == 'fp32' else ''}, {NAMES[flavor]} {reason}")
     card = make_engine(onnx, out, request)
-    shares = [
-        f"{size}: {percent(v)} % of the pixels as the reference" for size, v in card.gate["agreement_by_size"].items()
-    ]
+    shares = card.gate["agreement_by_size"].items()
+    lines = [f"{size}: {percent(share)} % of the pixels as the reference" for size, share in shares]
     miou, before = percent(card.gate["miou"]), percent(card.gate["reference_miou"])
-    say(
-        "\n".join(
-            [
-                *shares,
-                f"mIoU {miou} %, of the reference {before} %, on {card.gate['frames']} images of {card.gate['data']}",
-            ]
-        )
-    )
+    lines.append(f"mIoU {miou} %, of the reference {before} %, on {card.gate['frames']} images of {card.gate['data']}")
+    say("\n".join(lines))
     say(f"{out} ({out.stat().st_size / 1e6:.1f} MB) for {card.runs_on}; what it is: {card_path(out)}")
     say(f"next: python demo/video.py --engine {out}")
     write_result({"path": str(out), "card": str(card_path(out)), **dataclasses.asdict(card)}, args.json)

@@ -16,15 +16,18 @@ from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.evaluate import check_same_classes
 from aicsd_deploy.export.engine_checks import (
     Precision,
     require_fitting_graph,
     require_fitting_profiles,
+    require_fitting_reference,
+    require_own_contract,
     require_precision,
     usual_profile,
 )
 from aicsd_deploy.export.gate import LIMITS, Limits, Loss, measure_loss, require_within
-from aicsd_deploy.export.precision import Half, to_half
+from aicsd_deploy.export.precision import Half, to_half, with_constants_as_initializers
 from aicsd_deploy.export.ranges import layer_errors, nodes_to_keep
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, Profile, build_engine
 from aicsd_deploy.export.verify import frames_for_comparison
@@ -100,10 +103,13 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
         MissingDependencyError: what the build needs is not on this machine.
         VerificationError: the engine is not in the precision asked for, or loses more than the limits allow.
     """
+    # To build can take long, so all that could be wrong is looked at first.
     check_writable(out)
+    check_writable(card_path(out))
     with OrtBackend(onnx_path, device="cpu") as source:
         metadata = source.metadata
-    model = onnx.load(str(onnx_path))
+    model = with_constants_as_initializers(onnx.load(str(onnx_path)))
+    require_own_contract(model, metadata, onnx_path)
     require_fitting_graph(model, request.precision, onnx_path)
     reference_path = request.reference or find_checkpoint(onnx_path, metadata) or onnx_path
     if reference_path == onnx_path and request.precision in ("int8", "fp8"):
@@ -112,6 +118,8 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
             "prove nothing. Give --reference best.pt, or the .onnx file that was quantised."
         )
     validation = open_dataset(request.data or metadata.data, "val")
+    check_same_classes(metadata.classes, validation.classes, spec=validation.spec)
+    reference = _open_reference(reference_path, metadata)
     options = request.options
     if not options.profiles and metadata.dynamic:
         options = dataclasses.replace(options, profiles=(usual_profile(metadata),))
@@ -149,10 +157,7 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
     limits = request.limits or LIMITS[request.precision]
     with atomic_path(out) as plan:
         plan.write_bytes(engine.plan)
-        with (
-            _reference(reference_path, metadata) as reference,
-            _candidate(plan, card, runnable, gpu) as (candidate, what),
-        ):
+        with reference, _candidate(plan, card, runnable, gpu) as (candidate, what):
             say(f"comparing {what} with {reference_path}")
             sizes = _sizes(options.profiles, metadata)
             loss = measure_loss(reference, candidate, validation, frames=request.frames, sizes=sizes)
@@ -183,26 +188,21 @@ def _gpu_for(flavor: Flavor, targets: Sequence[str]) -> Gpu | None:
     return gpu if not targets or gpu.target in targets else None
 
 
-@contextmanager
-def _reference(path: Path, metadata: Metadata) -> Iterator[Backend]:
+def _open_reference(path: Path, metadata: Metadata) -> Backend:
     """Open what is right, on the CPU, since it must not depend on the GPU that happens to be here."""
     if path.suffix == ".onnx":
-        with open_backend(path, device="cpu") as backend:
-            yield backend
-        return
-    import torch
+        reference = open_backend(path, device="cpu")
+    else:
+        import torch
 
-    from aicsd_deploy.checkpoint import load_checkpoint
-    from aicsd_deploy.runtime.torch_backend import TorchBackend
+        from aicsd_deploy.checkpoint import load_checkpoint
+        from aicsd_deploy.runtime.torch_backend import TorchBackend
 
-    loaded = load_checkpoint(path)
-    if loaded.metadata.classes != metadata.classes:
-        raise InputError(
-            f"--reference {path} has other classes than the ONNX file. Give the checkpoint it was exported from."
-        )
-    same_input = loaded.metadata.replace(channel_order=metadata.channel_order, image_size_hw=metadata.image_size_hw)
-    with TorchBackend(loaded.build(), same_input, device=torch.device("cpu")) as torch_backend:
-        yield torch_backend
+        loaded = load_checkpoint(path)
+        same_input = loaded.metadata.replace(channel_order=metadata.channel_order, image_size_hw=metadata.image_size_hw)
+        reference = TorchBackend(loaded.build(), same_input, device=torch.device("cpu"))
+    require_fitting_reference(reference.metadata, metadata, path)
+    return reference
 
 
 @contextmanager

@@ -36,7 +36,11 @@ def require_fitting_graph(model: onnx.ModelProto, precision: Precision, path: Pa
         raise InputError(
             f"{path} is not quantised, and --{precision} was asked for: there is nothing to take the scales from. {how}."
         )
-    if TensorProto.UINT8 in kinds or any(np.any(numpy_helper.to_array(p).astype(np.float32) != 0) for p in points):
+    if (
+        any(map(_is_unsigned, pairs))
+        or TensorProto.UINT8 in kinds
+        or any(np.any(numpy_helper.to_array(p).astype(np.float32) != 0) for p in points)
+    ):
         raise InputError(
             f"{path} is quantised asymmetrically (zero points other than 0, or unsigned values), as ONNX Runtime's defaults do; "
             f"TensorRT takes symmetric int8 only. {how}."
@@ -45,6 +49,34 @@ def require_fitting_graph(model: onnx.ModelProto, precision: Precision, path: Pa
         raise InputError(f"{path} quantises its biases, which TensorRT does not take. {how}.")
     if not kinds <= wanted:
         raise InputError(f"{path} is not quantised to {precision} (--{precision}): it holds {', '.join(sorted(TensorProto.DataType.Name(k) for k in kinds))}. {how}.")  # fmt: skip
+
+
+def require_own_contract(model: onnx.ModelProto, metadata: Metadata, path: Path) -> None:
+    """Raise InputError unless a graph takes frames of the shape that its metadata say, and gives uint8 labels."""
+    frames, labels = model.graph.input[0].type.tensor_type, model.graph.output[0].type.tensor_type
+    found = tuple(extent.dim_value or None for extent in frames.shape.dim)
+    if found != (*_fixed_extents(metadata), 3) or labels.elem_type != TensorProto.UINT8:
+        raise InputError(
+            f"{path} takes frames NxHxWxC {_text(found)} and gives {TensorProto.DataType.Name(labels.elem_type)} labels, but its "
+            f"metadata say {_text((*_fixed_extents(metadata), 3))} and UINT8: it was changed after its export. Export it again with "
+            "export/to_onnx.py, whose --image-size and --dynamic say what it takes."
+        )
+
+
+def require_fitting_reference(reference: Metadata, metadata: Metadata, path: Path) -> None:
+    """Raise InputError unless the reference has the same classes, and takes the frames that the engine will take."""
+    if reference.classes != metadata.classes:
+        raise InputError(
+            f"--reference {path} has other classes than the ONNX file. Give the checkpoint it was exported from."
+        )
+    any_size = "size" in reference.dynamic
+    same_size = reference.image_size_hw == metadata.image_size_hw and "size" not in metadata.dynamic
+    if reference.channel_order != metadata.channel_order or not (any_size or same_size):
+        raise InputError(
+            f"--reference {path} takes other frames (NxHxW {_text(_fixed_extents(reference))}, {reference.channel_order}) than the "
+            f"ONNX file ({_text(_fixed_extents(metadata))}, {metadata.channel_order}). Give the checkpoint, or export it with the same "
+            "--image-size, --channels and --dynamic."
+        )
 
 
 def usual_profile(metadata: Metadata) -> Profile:
@@ -65,14 +97,14 @@ def usual_profile(metadata: Metadata) -> Profile:
 
 def require_fitting_profiles(profiles: Sequence[Profile], metadata: Metadata) -> None:
     """Raise InputError unless profiles range only over what the graph leaves open, in order, and one holds a single frame."""
-    fixed = (None if "batch" in metadata.dynamic else 1, *(metadata.image_size_hw if "size" not in metadata.dynamic else (None, None)))  # fmt: skip
+    fixed = _fixed_extents(metadata)
     for profile in profiles:
         text = " ".join("x".join(map(str, shape)) for shape in profile)
         if any(not low <= usual <= high for low, usual, high in zip(*profile, strict=True)):
             raise InputError(f"--profile {text}: give the smallest, the usual and the largest shape, in this order.")
         if any(f is not None and extent != f for shape in profile for f, extent in zip(fixed, shape, strict=True)):
             raise InputError(
-                f"--profile {text}: this file takes NxHxW {'x'.join('any' if f is None else str(f) for f in fixed)}. Export it with "
+                f"--profile {text}: this file takes NxHxW {_text(fixed)}. Export it with "
                 "--dynamic batch size to leave more open."
             )
     frame = (1, *metadata.image_size_hw)
@@ -93,3 +125,21 @@ def require_precision(found: PrecisionFound, asked: Precision, what: str) -> Non
             f"weighted layers are {asked} (found: {found.weights}). It was not kept. Use the precision that it can hold, or report the "
             "network."
         )
+
+
+def _fixed_extents(metadata: Metadata) -> tuple[int | None, int | None, int | None]:
+    """Return N, H and W of the frames that an artefact takes; None for any."""
+    height, width = metadata.image_size_hw
+    size = (None, None) if "size" in metadata.dynamic else (height, width)
+    return (None if "batch" in metadata.dynamic else 1, *size)
+
+
+def _text(extents: Sequence[int | None]) -> str:
+    return "x".join("any" if extent is None else str(extent) for extent in extents)
+
+
+def _is_unsigned(node: onnx.NodeProto) -> bool:
+    """Say whether a node quantises to uint8, as ONNX has it where neither zero point nor type is given."""
+    kind = next((entry.i for entry in node.attribute if entry.name == "output_dtype"), TensorProto.UNDEFINED)
+    unsigned = kind in (TensorProto.UNDEFINED, TensorProto.UINT8)
+    return node.op_type == "QuantizeLinear" and not any(node.input[2:]) and unsigned

@@ -62,7 +62,7 @@ def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), e
     bfloat16 cannot hold its constants well.
 
     Args:
-        model: a float32 graph whose nodes have names; it is not changed.
+        model: a float32 graph; it is not changed.
         half: "fp16" or "bf16"; bf16 lifts the graph to operator set 22, fp16 one with Q/DQ pairs to 19.
         keep: names of nodes to leave in float32.
         emulate: keep every tensor in float32 but round it to what `half` can hold. For runtimes without kernels for it.
@@ -110,10 +110,12 @@ def float_candidates(model: onnx.ModelProto, types: Mapping[str, int]) -> list[o
 
 
 def with_constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a graph whose Constant nodes have become initializers."""
+    """Return a copy of a graph whose Constant nodes have become initializers, and whose nodes all have names."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     nodes = list(copy.graph.node)
+    for node in nodes:
+        node.name = node.name or f"node_of_{node.output[0]}"
     del copy.graph.node[:]
     for node in nodes:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -231,8 +233,14 @@ class _Rewriter:
 
 def rounding_error(values: npt.NDArray[np.float32], half: Half) -> float:
     """Return the L2 norm of what weights lose in a half format; infinite where one overflows."""
-    error = float(np.linalg.norm(_rounded(values, half).astype(np.float32) - values))
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        error = l2_norm(_rounded(values, half).astype(np.float32) - values)
     return error if np.isfinite(error) else float("inf")
+
+
+def l2_norm(values: npt.NDArray[Any]) -> float:
+    """Return the L2 norm; summed in float64, since squares of large numbers leave the range of float32."""
+    return float(np.linalg.norm(values.astype(np.float64)))
 
 
 def _rounded(values: npt.NDArray[np.float32], half: Half) -> npt.NDArray[Any]:

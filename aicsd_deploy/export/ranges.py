@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from aicsd_deploy.export.precision import (
     Half,
     float_candidates,
+    l2_norm,
     rounding_error,
     tensor_types,
     with_constants_as_initializers,
@@ -73,13 +74,14 @@ def layer_errors(
         For each node whose output both have, the error that it adds: the relative L2 error of its output less the largest of its
         inputs', worst first.
     """
+    reference = with_constants_as_initializers(reference)
     shared = set(_float_outputs(reference)) & set(_float_outputs(candidate))
     names = sorted(shared)
     totals = dict.fromkeys(names, 0.0)
     for left, right in zip(_run(reference, names, frames_NHWC), _run(candidate, names, frames_NHWC), strict=True):
         for name in names:
-            size = float(np.linalg.norm(left[name])) or 1.0
-            error = float(np.linalg.norm(right[name].astype(np.float32) - left[name])) / size
+            size = l2_norm(left[name]) or 1.0
+            error = l2_norm(right[name].astype(np.float32) - left[name]) / size
             totals[name] += (error if np.isfinite(error) else 1e6) / len(frames_NHWC)
     added = {}
     for node in reference.graph.node:
@@ -95,7 +97,7 @@ def _weights_reason(weights: TensorProto, half: Half, output_peak: float | None)
         return None
     values = numpy_helper.to_array(weights)
     error = rounding_error(values, half)
-    size = float(np.linalg.norm(values)) if output_peak is None else max(output_peak, float(np.linalg.norm(values)))
+    size = l2_norm(values) if output_peak is None else max(output_peak, l2_norm(values))
     return (
         None
         if error <= MAX_WEIGHT_ERROR * size

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +82,15 @@ class Engine:
 
 
 _TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
+_QUANTISED = ("int8", "fp8")
 
 
 def refuse_unfit_options(flavor: Flavor, options: BuildOptions) -> None:
-    """Raise InputError for an option that a flavor does not have."""
+    """Raise InputError for an option that a flavor does not have, or that cannot be meant."""
+    if options.workspace_mib is not None and options.workspace_mib > 1 << 20:
+        raise InputError(
+            f"--workspace {options.workspace_mib}: it is in MiB, so no card has that much; 4096 are 4 GiB."
+        )
     if flavor == "tensorrt" and options.targets:
         raise InputError(
             "--target is for --flavor rtx. TensorRT builds for the GPU of the machine it runs on; --hardware-compatible lets the "
@@ -145,7 +153,8 @@ def build_engine(model: onnx.ModelProto, flavor: Flavor, options: BuildOptions) 
         # One bar for the outermost phase; TensorRT nests dozens in it.
         monitor = _monitor(trt, stack, f"building with {NAMES[flavor]}")
         config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
+        with _interruptible(monitor):
+            plan = builder.build_serialized_network(network, config)
     # A profile that contradicts itself is only warned about, and the engine is wrong (seen with pooling to fixed sizes).
     contradictions = [message for message in messages if "not self-consistent" in message]
     if plan is None or contradictions:
@@ -171,7 +180,10 @@ def read_precision(trt: Any, network: Any) -> PrecisionFound:
         if source is None and layer.type == trt.LayerType.MATRIX_MULTIPLY:
             continue  # a product of two activations, as in attention
         count, stored = source if source else _own_kernel(trt, layer)
-        weighted[layer.name] = _computes_in(trt, layer.get_input(0), made_by)
+        kind = _computes_in(trt, layer.get_input(0), made_by)
+        if kind in _QUANTISED and stored not in _QUANTISED:  # both or neither: TensorRT then dequantises first
+            kind = _name(layer.get_input(0).dtype)
+        weighted[layer.name] = kind
         weights[stored] += count
     by_type = Counter(weighted.values())
     usual = by_type.most_common(1)[0][0] if by_type else ""
@@ -201,7 +213,7 @@ def _stored(trt: Any, tensor: Any, made_by: dict[str, Any]) -> tuple[int, str] |
                 count *= extent
             return count, kind
         tensor = layer.get_input(0) if layer.num_inputs else None
-        if tensor is not None and _name(tensor.dtype) in ("int8", "fp8"):
+        if tensor is not None and _name(tensor.dtype) in _QUANTISED:
             kind = _name(tensor.dtype)
         elif layer.type == trt.LayerType.QUANTIZE:
             kind = _name(layer.get_output(0).dtype)
@@ -265,6 +277,7 @@ def _monitor(trt: Any, stack: ExitStack, description: str) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
+            self.interrupted = False
             self.outermost: str | None = None
             self.advance: Advance | None = None
 
@@ -275,9 +288,28 @@ def _monitor(trt: Any, stack: ExitStack, description: str) -> Any:
         def step_complete(self, phase: str, step: int) -> bool:
             if phase == self.outermost and self.advance is not None:
                 self.advance()
-            return True  # go on
+            return not self.interrupted
 
         def phase_finish(self, phase: str) -> None:
             pass
 
     return Monitor()
+
+
+@contextmanager
+def _interruptible(monitor: Any) -> Iterator[None]:
+    """Let Ctrl-C end a build at its next step: an exception in a monitor would be printed, and be a failure of TensorRT's."""
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C is the main thread's
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        monitor.interrupted = True
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if monitor.interrupted:
+        raise KeyboardInterrupt

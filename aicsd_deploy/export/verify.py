@@ -14,6 +14,8 @@ from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import resize_image
 
 MIN_AGREEMENT = 0.995
+BATCH = 4
+"""How many frames are compared at once where the candidate takes any batch: enough to prove it, and not all, for memory's sake."""
 MOSTLY = 0.99
 """A class with more of the pixels than this leaves too few others to compare."""
 
@@ -62,7 +64,7 @@ def compare(
 
     Where the candidate takes any size, `sizes` are tried; by default three: its own, half and one and a half times that, in
     steps of 32.
-    Where it takes any batch, the frames also go through it in one batch.
+    Where it takes any batch, the frames go through it in batches.
     """
     classes = reference.metadata.class_names
     alike, total = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
@@ -72,10 +74,8 @@ def compare(
         if candidate.metadata.channel_order == "rgb":
             frames = np.ascontiguousarray(frames[..., ::-1])
         expected = np.concatenate([reference.infer(frame[None]) for frame in frames])
-        if "batch" in candidate.metadata.dynamic:
-            found = candidate.infer(frames)
-        else:
-            found = np.concatenate([candidate.infer(frame[None]) for frame in frames])
+        step = BATCH if "batch" in candidate.metadata.dynamic else 1
+        found = np.concatenate([candidate.infer(frames[i : i + step]) for i in range(0, len(frames), step)])
         same = expected == found
         by_size[f"{size[0]}x{size[1]}"] = float(same.mean())
         total += np.bincount(expected.ravel(), minlength=len(classes))

@@ -36,11 +36,10 @@ class OrtBackend(Backend):
         options.log_severity_level = 4  # what matters is raised below
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._providers = wanted = _providers(ort, device)
+        self._providers = _providers(ort, device)
+        self._disabled = DISABLED_OPTIMIZERS
         try:
-            self._session = ort.InferenceSession(
-                str(path), options, providers=wanted, disabled_optimizers=DISABLED_OPTIMIZERS
-            )
+            self._session = self._open(ort)
         except Exception as error:  # its errors share no base class
             raise InputError(
                 f"{path} is no ONNX file that ONNX Runtime {ort.__version__} can load, or it is damaged: "
@@ -51,9 +50,7 @@ class OrtBackend(Backend):
         if self.metadata.provenance.get("int8_target") == "tensorrt":
             # The CPU stands in for TensorRT here. Its own integer kernels saturate on 8-bit weights where it has no VNNI.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-            self._session = ort.InferenceSession(
-                str(path), options, providers=wanted, disabled_optimizers=DISABLED_OPTIMIZERS
-            )
+            self._session = self._open(ort)
         self.name = "onnxruntime " + self._session.get_providers()[0].removesuffix("ExecutionProvider")
         self._run: Callable[[UInt8Array], UInt8Array]
         if self.device == "cpu":
@@ -72,8 +69,19 @@ class OrtBackend(Backend):
         return np.asarray(labels_NHW, dtype=np.uint8)
 
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
-        runs = profile(self._path, self._options, self._providers, DISABLED_OPTIMIZERS, batches_NHWC)
+        runs = profile(self._path, self._options, self._providers, self._disabled, batches_NHWC)
         return median_stages([stages(run) for run in runs])
+
+    def _open(self, ort: Any) -> Any:
+        path, options, providers = str(self._path), self._options, self._providers
+        try:
+            return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=self._disabled)
+        except Exception as error:  # its errors share no base class
+            if "clip_quantizelinear" not in str(error):
+                raise
+        # This optimiser fails on a Clip in front of a float8 QuantizeLinear (onnxruntime 1.32).
+        self._disabled = [*DISABLED_OPTIMIZERS, "ClipQuantRewrite"]
+        return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=self._disabled)
 
     def _assert_provider(self, device: str) -> None:
         """Refuse the silent change to the CPU that ONNX Runtime makes when CUDA's libraries are missing."""

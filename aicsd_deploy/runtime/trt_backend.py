@@ -77,10 +77,11 @@ class TensorRTBackend(Backend):
             self._lanes.put(lane)
 
     def _largest_batch(self, shape_NHWC: tuple[int, ...]) -> int:
-        """Return how many frames of this size the engine takes at once; all of them where no profile says."""
+        """Return how many of these frames the engine takes at once; all of them where no profile says."""
         count, height, width, _ = shape_NHWC
-        most = [profile[2][0] for profile in self._profiles if holds(profile, (profile[2][0], height, width))]
-        return max(most, default=count)
+        most = [min(count, profile[2][0]) for profile in self._profiles]
+        fitting = [n for n, profile in zip(most, self._profiles, strict=True) if holds(profile, (n, height, width))]
+        return max(fitting, default=count)
 
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
         """Return what CUDA events tell; an engine is one piece, so all that it computes counts as the network."""

@@ -6,7 +6,11 @@ import ctypes
 import importlib
 import importlib.metadata
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +18,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import call_script, random_checkpoint
+from helpers import call_script, random_checkpoint, write_folder_dataset
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, MissingDependencyError, VerificationError
@@ -25,7 +30,9 @@ from aicsd_deploy.export.engine import choose_flavor
 from aicsd_deploy.export.engine_checks import require_precision
 from aicsd_deploy.export.gate import measure_loss
 from aicsd_deploy.export.onnx_export import export_onnx
+from aicsd_deploy.export.ranges import layer_errors
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, build_engine
+from aicsd_deploy.export.verify import compare
 from aicsd_deploy.files import sha256
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.runtime import driver, tensorrt_module
@@ -118,6 +125,33 @@ def test_every_student_in_every_precision(exported: dict[str, Path], name: str, 
         assert (tmp_path / "s.plan").stat().st_size < half * weights + 2_500_000
 
 
+def as_fp8(path: Path, out: Path) -> Path:
+    """Turn the int8 values and zero points of a quantised file into float8."""
+    model = onnx.version_converter.convert_version(onnx.load(path), 19)
+    model.metadata_props.extend(onnx.load(path).metadata_props)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            values = numpy_helper.to_array(tensor).astype(np.float32).ravel()
+            kind = onnx.TensorProto.FLOAT8E4M3FN
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, tensor.dims, values))
+    del model.graph.value_info[:]
+    onnx.save(model, out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenetv2", "lraspp_resnet18"])
+def test_fp8(exported: dict[str, Path], name: str, tmp_path: Path) -> None:
+    path = as_fp8(quantise(exported[name], tmp_path / "int8.onnx", **SYMMETRIC), tmp_path / "fp8.onnx")
+    flags = ["--reference", exported[name].with_name("best.pt"), "--min-agreement", 0, "--max-miou-drop", 100]
+    result = build(path, "--fp8", "--target", "sm89", *flags, "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    card = json.loads((tmp_path / "s.plan.json").read_text())
+    assert card["precision_found"]["weights"].keys() == card["precision_found"]["weighted_layers"].keys() == {"fp8"}
+    result = build(path, "--fp8", "--target", "sm86", *flags, "-o", "t.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "sm86" in result.stderr
+
+
 def test_int8_with_a_channel_that_is_nearly_dead(small: Path, tmp_path: Path) -> None:
     model = onnx.load(quantise(small, small.with_name("int8.onnx"), **SYMMETRIC))
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -135,6 +169,59 @@ def test_int8_with_a_channel_that_is_nearly_dead(small: Path, tmp_path: Path) ->
         "dead.onnx", "--int8", "-o", "s.plan", "--reference", small.with_name("best.pt"), *loose, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_layer_with_float_weights_does_not_compute_in_int8(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(quantise(small, tmp_path / "int8.onnx", **SYMMETRIC))
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    made_by = {node.output[0]: node for node in model.graph.node}
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    values, scale = (numpy_helper.to_array(weights[name]) for name in made_by[conv.input[1]].input[:2])
+    floats = (values * scale.reshape(-1, 1, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(floats, "floats"))
+    conv.input[1] = "floats"
+    found = build_engine(model, "rtx", BuildOptions()).precision
+    assert found.weights["fp32"] == floats.size
+    assert found.weighted_layers["fp32"] == 1
+    assert found.exceptions == (conv.name,)
+
+
+def test_nodes_without_names(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(small)
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, tmp_path / "net.onnx")
+    result = build("net.onnx", "--reference", small.with_name("best.pt"), "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_errors_of_values_whose_squares_float32_cannot_hold() -> None:
+    def scaled(by: float) -> onnx.ModelProto:
+        return onnx.parser.parse_model(
+            f"""<ir_version: 9, opset_import: ["" : 18]> agraph (uint8[4] x) => (float[4] z)
+            <float large = {{1e30}}, float by = {{{by}}}> {{
+                y = Cast<to = 1>(x)
+                large_y = Mul(y, large)
+                z = Mul(large_y, by)
+            }}"""
+        )
+
+    frames = [np.arange(4, dtype=np.uint8)]
+    errors = layer_errors(scaled(1.0), scaled(1.25), frames)
+    assert list(errors.values()) == pytest.approx([0.25, 0, 0])
+    assert next(iter(errors)) == "node_of_z"
+
+
+def test_ctrl_c_ends_a_build(small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    @contextmanager
+    def progress(*_: object) -> Iterator[Any]:
+        yield lambda: os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("aicsd_deploy.export.tensorrt_build.progress", progress)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(onnx.load(small), "rtx", BuildOptions())
+    assert "Exception" not in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_twice_the_same_engine(small: Path) -> None:
@@ -216,6 +303,19 @@ class Seen(SegmentationDataset):
             raise InputError(f"{index}.png is damaged")
         self.taken.add(index)
         return SCENES.load(0)
+
+
+def test_frames_are_compared_a_few_at_a_time() -> None:
+    class Counting(ByBrightness):
+        def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+            batches.append(len(frames_NHWC))
+            return super().infer(frames_NHWC)
+
+    batches: list[int] = []
+    metadata = Metadata("m", SCENES.classes, (16, 16), dynamic=("batch",))
+    frames = [SCENES.load(i)[0] for i in range(9)]
+    assert compare(ByBrightness(metadata), Counting(metadata), frames).share == 1
+    assert batches == [4, 4, 1]
 
 
 def test_the_gates_images_are_spread_over_all() -> None:
@@ -404,6 +504,77 @@ def test_the_driver_is_read_without_loading_anything_else(monkeypatch: pytest.Mo
     with pytest.raises(MissingDependencyError, match="no GPU 1"):
         driver.require_gpu(1, why="x")
     assert ctypes is driver.ctypes
+
+
+def other_output(model: onnx.ModelProto) -> None:
+    cast = model.graph.node.pop()
+    model.graph.output[0].name = cast.input[0]
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+
+
+def other_size(model: onnx.ModelProto) -> None:
+    text = next(entry for entry in model.metadata_props if entry.key == ONNX_KEY)
+    text.value = json.dumps(json.loads(text.value) | {"image_size_hw": [32, 32]})
+
+
+def other_batch(model: onnx.ModelProto) -> None:
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+@pytest.mark.parametrize("change", [other_output, other_size, other_batch])
+def test_a_file_that_is_not_what_its_metadata_say_is_refused(change: Any, small: Path, tmp_path: Path) -> None:
+    model = onnx.load(small)
+    change(model)
+    onnx.save(model, tmp_path / "net.onnx")
+    result = build("net.onnx", "--reference", small.with_name("best.pt"), "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "changed after its export" in result.stderr
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"channel_order": "rgb"}, "1x64x96, rgb) than the ONNX file (1x64x96, bgr)"),
+        ({"image_size_hw": (32, 64)}, "1x32x64"),
+        ({"classes": SCENES.classes[::-1]}, "other classes"),
+    ],
+)
+def test_a_reference_for_other_frames_or_classes_is_refused(
+    changes: dict[str, Any], expected: str, small: Path, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(small.with_name("best.pt"))
+    export_onnx(checkpoint, checkpoint.metadata.replace(**changes), tmp_path / "other.onnx")
+    result = build(small, "--reference", "other.onnx", "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--reference", "none.pt"], "none.pt"), (["--data", "folder:data"], "classes are not those of folder:data")],
+)
+def test_what_the_comparison_needs_is_looked_at_before_building(
+    flags: list[str], expected: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aicsd_deploy.export.engine.build_engine", lambda *_: pytest.fail("it was built"))
+    write_folder_dataset(tmp_path / "data")
+    result = build(small, *flags, "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert expected in result.stderr
+
+
+def test_quantised_without_zero_points_is_unsigned_and_refused(small: Path, tmp_path: Path) -> None:
+    model = onnx.load(quantise(small, tmp_path / "int8.onnx", **SYMMETRIC))
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            del node.input[2:]
+    onnx.save(model, tmp_path / "net.onnx")
+    result = build("net.onnx", "--int8", "--reference", small.with_name("best.pt"), "-o", "s.plan", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "asymmetrically" in result.stderr
 
 
 def test_a_graph_that_tensorrt_cannot_parse_names_the_node(small: Path, tmp_path: Path) -> None:

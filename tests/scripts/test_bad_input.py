@@ -156,6 +156,18 @@ CASES = {
     "to_trt, a checkpoint": ("export/to_trt.py " + CKPT + " --fp16 -o {o}.plan", "to_onnx.py"),
     "to_trt, two precisions": ("export/to_trt.py " + ONNX + " --fp16 --int8 -o {o}.plan", "--int8"),
     "to_trt, wrong suffix": ("export/to_trt.py " + ONNX + " -o {o}.engine", ".plan"),
+    "to_trt, no loss at all to allow": ("export/to_trt.py " + ONNX + " --max-miou-drop inf -o {o}.plan", "0 to 100"),
+    "to_trt, no card": ("export/to_trt.py " + ONNX + " --target , -o {o}.plan", "--target"),
+    "to_trt, bytes for MiB": (
+        "export/to_trt.py " + ONNX + " --flavor rtx --workspace 4294967296 -o {o}.plan",
+        "in MiB",
+    ),
+    "to_trt, the result over the card": (
+        "export/to_trt.py " + ONNX + " --flavor rtx -o {o}.plan --json {o}.plan.json",
+        "another name",
+    ),
+    "to_onnx, the result over the file": ("export/to_onnx.py " + CKPT + " -o {o}.onnx --json {o}.onnx", "another name"),
+    "to_int8, the result over the file": ("export/to_int8.py " + ONNX + " -o {o}.onnx --json {o}.onnx", "another name"),
     "to_trt, an engine into a file": (
         "export/to_trt.py {t}/cut.onnx --flavor rtx -o {t}/text.mp4/s.plan",
         "Cannot write",
