@@ -189,7 +189,10 @@ def test_a_baseline_is_neither_overwritten_nor_half_compared(made: Path, trained
     assert "over the baseline" in result.stderr
     result = call_script("demo/benchmark.py", TEACHER, CHECKPOINT, *gate, "--out", tmp_path / "new", cwd=trained)
     assert result.returncode == 2
-    assert "has no teacher/best.pt, student/best.pt to compare with: it has best.pt, student.onnx" in result.stderr
+    assert (
+        "has no student/best.pt to compare with: it has runs/teacher/best.pt, runs/student/student.onnx"
+        in result.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "said before anything is measured"
     assert baseline.read_bytes() == (made / "report.json").read_bytes()
 
@@ -311,6 +314,13 @@ def test_the_pareto_front_leaves_out_what_is_beaten_in_both() -> None:
     drawing = charts.pareto(["slow", "fast", "bad"], [40, 10, 20], [(39, 41), (9, 11), (19, 21)], [0.7, 0.6, 0.5])
     (points,) = re.findall(r'<polyline points="([^"]*)"', drawing)
     assert len(points.split()) == 2
+
+
+def test_an_interval_that_leaves_the_pareto_plot_is_cut_off() -> None:
+    drawing = charts.pareto(["a", "b"], [10, 20], [(0, 400), (19, 21)], [0.5, 0.6])  # of two rounds, say
+    ends = [float(x) for x in re.findall(r'x[12]="([^"]+)"[^>]*whisker s0', drawing)]
+    assert ends
+    assert all(0 < x < charts.WIDTH for x in ends)
 
 
 def test_names_in_the_pareto_plot_lie_neither_on_each_other_nor_on_dots() -> None:

@@ -194,6 +194,10 @@ CASES = {
         "train/teacher.py --data folder:{t}/text_png --model resnet9000 --out {o}",
         "resnet9000",
     ),
+    "benchmark, other data": (
+        "demo/benchmark.py " + ONNX + " --data synthetic --out {o}",
+        "student.onnx's classes are not those",
+    ),
     "benchmark, missing": ("demo/benchmark.py {t}/none.onnx --out {o}", "none.onnx"),
     "benchmark, cut": ("demo/benchmark.py " + ONNX + " {t}/cut.onnx --out {o}", "cut.onnx"),
     "benchmark, empty": ("demo/benchmark.py {t}/empty.onnx --out {o}", "empty.onnx"),
