@@ -23,6 +23,7 @@ from aicsd_deploy.bench.latency import Stopwatch
 from aicsd_deploy.bench.peak import Peak, measure_peak
 from aicsd_deploy.bench.pictures import LOST_BGR, OTHER_BGR, WON_BGR, draw_difference
 from aicsd_deploy.bench.report_files import to_markdown, write_report
+from aicsd_deploy.bench.report_html import headline
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
@@ -259,6 +260,19 @@ def test_the_frames_shown_are_the_worst_and_a_typical_one() -> None:
     assert (reference.worst_frame, reference.agreement) == (0, 1)
     assert (other.worst_frame, other.typical_frame) == (1, 2), "of 0, 1, 2 it loses -2, 2 and 1 rows"
     assert other.agreement == pytest.approx(1 - 5 / 12)
+
+
+def test_the_headline_says_what_is_lost_where_the_mean_gains() -> None:
+    rows = [
+        {"path": "t.pt", "p50_ms": 20, "miou": 0.5, "per_class_iou": {"a": 0.6, "b": 0.4, "c": None}},
+        {"path": "s.pt", "p50_ms": 10, "miou": 0.52, "per_class_iou": {"a": 0.7, "b": 0.34, "c": None}},
+        {"path": "q.pt", "p50_ms": 10, "miou": 0.33, "per_class_iou": {"a": 0.6, "b": 0.4, "c": 0.0}},
+    ]
+    student, quantised = headline({"artifacts": rows, "reference": 0})
+    assert student.endswith("2.00 times as fast as t.pt, and gains 2.00 points of mIoU. It loses most in b.")
+    assert quantised.endswith(
+        "loses 17.00 points of mIoU. Only one of the two predicts c, which no label has: that alone moves mIoU."
+    )
 
 
 def test_a_batch_that_does_not_fit_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
