@@ -119,7 +119,9 @@ def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProt
     constants = {tensor.name for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for name in node.input:
+        for name in (
+            node.input if node.op_type != "Shape" else ()
+        ):  # upsampling to the frames' own size, with dynamic sizes
             readers.setdefault(name, []).append(node)
     before: list[onnx.NodeProto] = []
     tensor = graph.input[0].name

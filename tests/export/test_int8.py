@@ -18,7 +18,7 @@ from aicsd_deploy.checkpoint import Checkpoint
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.export.cpu_graph import end_channels_last, fold_preprocessing
 from aicsd_deploy.export.onnx_export import export_onnx
-from aicsd_deploy.export.quantize import Quantizer
+from aicsd_deploy.export.quantize import Quantizer, Target
 from aicsd_deploy.export.verify import compare
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.models import build_model
@@ -162,13 +162,14 @@ def test_an_openvino_file_runs_in_openvino_and_labels_as_the_float_file(exported
             after.infer(np.zeros((1, 32, 32, 3), np.uint8))
 
 
-def test_an_openvino_file_may_take_any_batch_and_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["cpu", "openvino"])
+def test_a_file_may_take_any_batch_and_size(target: Target, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", "lraspp_mobilenetv2")
     export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=("batch", "size")), tmp_path / "c.onnx")
-    quantized(tmp_path / "c.onnx", tmp_path / "ov.onnx", "openvino")
+    quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", target)
     batch = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), np.uint8)
-    with open_backend(tmp_path / "ov.onnx") as backend, OrtBackend(tmp_path / "ov.onnx") as other:
-        assert backend.name == "openvino CPU"
+    with open_backend(tmp_path / "q.onnx") as backend, open_backend(tmp_path / "c.onnx") as other:
+        assert backend.name == ("openvino CPU" if target == "openvino" else "onnxruntime CPU")
         assert (backend.infer(batch) == other.infer(batch)).mean() > MOSTLY
 
 
