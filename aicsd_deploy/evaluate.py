@@ -69,12 +69,14 @@ def _loaded(dataset: SegmentationDataset, indices: Sequence[int], *, readers: in
             yield ahead.popleft().result()
 
 
-def check_same_classes(ours: tuple[SegClass, ...], theirs: tuple[SegClass, ...], *, spec: str) -> None:
-    """Raise InputError unless an artefact has the very classes, in order, of the data set `spec`."""
+def check_same_classes(
+    ours: tuple[SegClass, ...], theirs: tuple[SegClass, ...], *, spec: str, artifact: str = "The artefact"
+) -> None:
+    """Raise InputError unless `artifact` has the very classes, in order, of the data set `spec`."""
     ours_named, theirs_named = [c.name for c in ours], [c.name for c in theirs]
     if ours_named != theirs_named:
         raise InputError(
-            f"The artefact's classes are not those of {spec}, so its labels mean something else.\n"
+            f"{artifact}'s classes are not those of {spec}, so its labels mean something else.\n"
             f"  artefact: {len(ours)} classes: {', '.join(ours_named)}\n"
             f"  data set: {len(theirs)} classes: {', '.join(theirs_named)}\n"
             "Give the data set that the network was trained for."

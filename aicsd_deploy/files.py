@@ -83,8 +83,12 @@ def check_writable(path: Path | str) -> None:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` atomically, in UTF-8."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:  # a full disk does not say for which file
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_json(path: Path | str, value: Any) -> None:

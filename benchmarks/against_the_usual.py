@@ -3,7 +3,8 @@
     python benchmarks/against_the_usual.py student.pt student.onnx student.int8.onnx student.openvino.int8.onnx --data camvid:/data/CamVid
 
 The usual pipeline: normalise in float and turn to NCHW with numpy, run the network with its upsampling, take the float logits
-back, argmax with numpy. All contenders take turns in one run, and must label the frames as the checkpoint does.
+back, argmax with numpy. All contenders take turns in one run. The last column says whether they are forms of one network: the
+share of the pixels that each labels as the float32 file does.
 """
 
 from __future__ import annotations

@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if out.suffix != ".onnx":
         raise InputError(f"{out} must end in .onnx.")
     keep_apart(args.json, source, out)
+    if out.resolve() == source.resolve():
+        raise InputError(f"{out} is the float32 file itself, which is needed again. Give another name with -o.")
     with open_backend(source, device="cpu") as backend:
         spec = args.data or backend.metadata.data
     val = open_dataset(spec, "val")

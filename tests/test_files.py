@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_an_error_leaves_no_folder_that_was_made_for_the_file(tmp_path: Path) ->
     (tmp_path / "new").mkdir()
     write_json(tmp_path / "new" / "deep" / "file.json", {})
     assert (tmp_path / "new" / "deep" / "file.json").exists()
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str, encoding: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"):
+        write_json(tmp_path / "x.json", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nan_is_not_written(tmp_path: Path) -> None:

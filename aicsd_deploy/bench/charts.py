@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from math import floor, log10
+from statistics import median
 
 from aicsd_deploy.runtime.base import STAGES
 
@@ -21,7 +22,7 @@ def pareto(
     Args:
         names: one for each artefact, as for the other arguments.
         p50_ms: median latency; the axis is logarithmic.
-        intervals_ms: of the median, (low, high).
+        intervals_ms: of the median, (low, high); what lies outside the drawing is cut off.
         miou: fractions, 0 to 1.
     """
     height, left, right, top, bottom = 376, 56, 150, 32, 44
@@ -58,7 +59,7 @@ def pareto(
     taken = [(x(ms) - 8, y(score) - 8, x(ms) + 8, y(score) + 8) for ms, score in zip(p50_ms, miou, strict=True)]
     for i in sorted(range(len(names)), key=lambda i: y(miou[i])):
         at_x, at_y = x(p50_ms[i]), y(miou[i])
-        low, high = intervals_ms[i]
+        low, high = (min(max(ms, x_low), x_high) for ms in intervals_ms[i])  # a few rounds only: from 0 to anywhere
         parts.append(_line(x(low), at_y, x(high), at_y, f"whisker s{i % 8}"))
         text = f"{names[i]}: {p50_ms[i]:.2f} ms, {100 * miou[i]:.2f} %"
         parts.append(
@@ -143,8 +144,7 @@ def distributions(names: Sequence[str], times_ms: Sequence[Sequence[float]]) -> 
         for i, time in enumerate(times):
             offset = 13 * (2 * ((i * 0.6180339887) % 1) - 1)  # spread evenly, so that dots of equal times are all seen
             parts.append(f'<circle cx="{x(time):.1f}" cy="{middle + offset:.1f}" r="2.2" class="s{row % 8} dot"/>')
-        median = sorted(times)[len(times) // 2]
-        parts.append(_line(x(median), middle - 18, x(median), middle + 18, "mark"))
+        parts.append(_line(x(median(times)), middle - 18, x(median(times)), middle + 18, "mark"))
     return _svg(height, "distribution of latency", parts)
 
 

@@ -6,14 +6,20 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from aicsd_deploy.bench.report import SCHEMA_VERSION
 from aicsd_deploy.bench.tables import short_names
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.files import existing_file
 
-_RULE = re.compile(r"\s*(?P<metric>\w+)\s*(?P<sign>[<>])\s*(?P<limit>[+-]?\d+(?:\.\d+)?)\s*(?P<times>x?)\s*")
+_RULE = re.compile(
+    r"\s*(?P<metric>\w+)\s*(?P<sign>[<>])\s*(?:(?P<ratio>\d+(?:\.\d+)?)\s*x|(?P<limit>[+-]?\d+(?:\.\d+)?))\s*"
+)
+_TO_REFERENCE = ("agreement", "p50_ratio")
+"""Metrics that hold an artefact against its report's reference."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,9 @@ class Rule:
                 f"--fail-if {text!r} is no rule. Write METRIC>LIMIT or METRIC<LIMIT, where LIMIT is a ratio to the baseline "
                 "(p50_ms>1.1x), a difference from it with its sign (miou<-0.005), or a value (p50_ms>20)."
             )
-        signed = match["limit"][0] in "+-"
-        kind = "ratio" if match["times"] else "difference" if signed else "value"
-        return cls(text, match["metric"], match["sign"] == ">", float(match["limit"]), kind)
+        limit = match["ratio"] or match["limit"]
+        kind = "ratio" if match["ratio"] else "difference" if limit[0] in "+-" else "value"
+        return cls(text, match["metric"], match["sign"] == ">", float(limit), kind)
 
     def measured(self, new: float, old: float) -> float:
         """Return what the limit is compared with."""
@@ -63,59 +69,92 @@ def read_baseline(path: Path) -> dict[str, Any]:
     """Read an earlier report.json.
 
     Raises:
-        InputError: it is none.
+        InputError: it is none, or of a newer version.
     """
     existing_file(path, "The baseline")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        _rows(report)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        report = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        version = int(report.get("schema_version", 1))
+        rows = [(Path(row["path"]), row.items()) for row in report["artifacts"]]
+        rows[report.get("reference", 0)]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is no report.json of this toolkit ({error!r}). Give one that demo/benchmark.py wrote."
         ) from error
+    if version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path} was written by a newer aicsd-deploy (report version {version}, this one reads up to {SCHEMA_VERSION}). "
+            "Update this installation."
+        )
     return report  # type: ignore[no-any-return]
 
 
-def require_partners(paths: Sequence[str], baseline: dict[str, Any]) -> None:
-    """Raise InputError unless every artefact has one of the same short name in an earlier report."""
-    old = _rows(baseline)
-    alone = [name for name in short_names(paths) if name not in old]
-    if alone:
+def require_comparable(
+    paths: Sequence[str], reference: int, baseline: dict[str, Any], rules: Sequence[Rule]
+) -> list[dict[str, Any]]:
+    """See, before anything is measured, that every artefact can be held against an earlier report.
+
+    Args:
+        paths: the artefacts.
+        reference: which of them is the reference.
+        baseline: the earlier report.
+        rules: what is to be compared.
+
+    Returns:
+        the partner of each artefact among the baseline's rows.
+
+    Raises:
+        InputError: an artefact has no partner, or its partner not the number that a rule asks for.
+    """
+    partners = _partners(paths, baseline)
+    for name, partner in zip(short_names(paths), partners, strict=True):
+        for rule in rules:
+            _require_number(rule, f"the baseline's {name}", partner)
+    relative = [rule for rule in rules if rule.metric in _TO_REFERENCE]
+    old_reference = baseline["artifacts"][baseline.get("reference", 0)]
+    if relative and len(paths) == 1:
         raise InputError(
-            f"The baseline has no {', '.join(alone)} to compare with: it has {', '.join(old)}. Leave it out, name it as there, or "
-            "make the baseline again with it."
+            f"--fail-if {relative[0].text!r}: {relative[0].metric} is that to the reference, and {paths[0]} alone is its own. Give "
+            "the artefact of the baseline that it was held against as well."
         )
+    if relative and partners[reference] is not old_reference:
+        raise InputError(
+            f"--fail-if {relative[0].text!r}: {relative[0].metric} is that to the reference, which is {paths[reference]} here and "
+            f"{old_reference['path']} in the baseline. Name the same one with --reference."
+        )
+    return partners
 
 
 def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Sequence[Rule]) -> list[str]:
-    """Hold every artefact against the artefact of the same short name in an earlier report.
+    """Hold every artefact against its partner in an earlier report.
 
     Returns:
         one line for each comparison, all of which passed.
 
     Raises:
-        InputError: something cannot be compared: an artefact without a partner, other data, or a metric that is no number
-            in both.
+        InputError: something cannot be compared: see `require_comparable`, or the data are others.
         VerificationError: a rule fails; all that do are listed.
     """
+    rows = report["artifacts"]
     for key in ("data", "split"):
         if report[key] != baseline.get(key):
             raise InputError(
                 f"The baseline was measured on {key} {baseline.get(key)!r}, this report on {report[key]!r}: they say nothing "
                 "about each other."
             )
-    require_partners([row["path"] for row in report["artifacts"]], baseline)
-    new, old = _rows(report), _rows(baseline)
+    paths = [row["path"] for row in rows]
+    partners = require_comparable(paths, report["reference"], baseline, rules)
     passed: list[str] = []
     failed: list[str] = []
-    for name in new:
+    for name, row, partner in zip(short_names(paths), rows, partners, strict=True):
+        if row.get("images") != partner.get("images"):
+            raise InputError(
+                f"The baseline scored {name} on {partner.get('images')} images, this report on {row.get('images')}: the data have "
+                "changed. Make the baseline again."
+            )
         for rule in rules:
-            value, before = new[name].get(rule.metric), old[name].get(rule.metric)
-            if not isinstance(value, int | float) or not isinstance(before, int | float):
-                numbers = [k for k, v in new[name].items() if isinstance(v, int | float)]
-                raise InputError(
-                    f"--fail-if {rule.text!r}: {name} has no number {rule.metric!r} in both reports. It has {', '.join(numbers)}."
-                )
+            _require_number(rule, name, row)
+            value, before = row[rule.metric], partner[rule.metric]
             found = rule.measured(value, before)
             broken = found > rule.limit if rule.above else found < rule.limit
             shown = (
@@ -132,6 +171,46 @@ def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Se
     return passed
 
 
-def _rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the artefacts by short name."""
-    return dict(zip(short_names([row["path"] for row in report["artifacts"]]), report["artifacts"], strict=True))
+def other_machine(report: dict[str, Any], baseline: dict[str, Any]) -> str:
+    """Return what the two were not both measured with, in words; empty where nothing is known to differ."""
+    new, old = (found.get("environment", {}) | {"threads": found.get("threads")} for found in (report, baseline))
+    names = {"cpu": "CPU", "cpu_cores": "CPU cores", "gpu": "GPU", "threads": "--threads"}
+    differ = [key for key in names if old.get(key) != new.get(key)]
+    return "; ".join(f"{names[key]} {old.get(key) or 'none'} there, {new.get(key) or 'none'} here" for key in differ)
+
+
+def _partners(paths: Sequence[str], baseline: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return, for each artefact, the baseline's row whose path ends in most of the same names.
+
+    They must share as many as tell the artefact from the others, the file's own at least, and no two rows may share as many.
+    """
+    rows, found, alone = baseline["artifacts"], [], []
+    for path, name in zip(paths, short_names(paths), strict=True):
+        shared = [_shared_names(path, row["path"]) for row in rows]
+        most = max(shared)
+        if most < len(Path(name).parts) or shared.count(most) > 1:
+            alone.append(name)
+        else:
+            found.append(rows[shared.index(most)])
+    if alone:
+        raise InputError(
+            f"The baseline has no {', '.join(alone)} to compare with: it has {', '.join(row['path'] for row in rows)}. Leave it "
+            "out, name it as there, or make the baseline again with it."
+        )
+    return found
+
+
+def _shared_names(one: str, other: str) -> int:
+    """Return in how many names of folders and files two paths end alike."""
+    pairs = zip(reversed(Path(one).parts), reversed(Path(other).parts), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _require_number(rule: Rule, name: str, row: dict[str, Any]) -> None:
+    numbers = [key for key, value in row.items() if isinstance(value, int | float)]
+    if rule.metric not in numbers:
+        raise InputError(f"--fail-if {rule.text!r}: {name} has no number {rule.metric!r}. It has {', '.join(numbers)}.")
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")

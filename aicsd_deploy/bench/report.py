@@ -20,6 +20,7 @@ from aicsd_deploy.bench.report_html import require_jinja
 from aicsd_deploy.bench.throughput import measure_throughput
 from aicsd_deploy.console import progress, say
 from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.evaluate import check_same_classes
 from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.metadata import provenance
 from aicsd_deploy.runtime.base import open_backend
@@ -68,6 +69,7 @@ def benchmark(
         backends = [stack.enter_context(open_backend(path, **how)) for path in paths]
         for path, backend in zip(paths, backends, strict=True):
             say(f"{path}: {backend.name} on {backend.device}")
+            check_same_classes(backend.metadata.classes, dataset.classes, spec=dataset.spec, artifact=str(path))
         frames = frames_for_comparison(dataset, count=TIMED_FRAMES)
         with watch_machine() as load:
             stopwatch = Stopwatch(backends, frames)

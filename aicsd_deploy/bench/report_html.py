@@ -84,14 +84,17 @@ def headline(report: dict[str, Any]) -> list[str]:
         if row is reference:
             continue
         ratio, points = reference["p50_ms"] / row["p50_ms"], 100 * (row["miou"] - reference["miou"])
-        lost = [
-            n
-            for n in tables.losers_first(row, reference)
-            if (row["per_class_iou"][n] or 0) - (reference["per_class_iou"][n] or 0) < -0.01
-        ]
-        classes = f"; most in {', '.join(lost[:2])}" if lost else ""
+        before, now = reference["per_class_iou"], row["per_class_iou"]
+        lost = [n for n in tables.losers_first(row, reference) if (now[n] or 0) - (before[n] or 0) < -0.01]
+        invented = [n for n in now if (now[n] is None) != (before[n] is None)]
         lines.append(
             f"{name} takes {tables.number(row['p50_ms'])} ms a frame, {ratio:.2f} times as fast as "
-            f"{names[report['reference']]}, and {'gains' if points >= 0 else 'loses'} {abs(points):.2f} points of mIoU{classes}."
+            f"{names[report['reference']]}, and {'gains' if points >= 0 else 'loses'} {abs(points):.2f} points of mIoU."
+            + (f" It loses most in {', '.join(lost[:2])}." if lost else "")
+            + (
+                f" Only one of the two predicts {', '.join(invented)}, which no label has: that alone moves mIoU."
+                if invented
+                else ""
+            )
         )
     return lines

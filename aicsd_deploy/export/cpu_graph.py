@@ -31,17 +31,18 @@ def fold_preprocessing(model: onnx.ModelProto, metadata: Metadata) -> None:
     """
     graph = model.graph
     before, conv = _nodes_before_first_conv(graph)
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    weight, bias = (numpy_helper.to_array(constants[name]) for name in conv.input[1:3])
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weight = constants[conv.input[1]]
+    bias = constants[conv.input[2]] if len(conv.input) > 2 else np.zeros(len(weight))
     mean, std = (np.asarray(values).reshape(1, 3, 1, 1) for values in (metadata.mean, metadata.std))
     on_pixels = weight / (255 * std)
     shifted = bias + (on_pixels * (PIXEL_ZERO - 255 * mean)).sum(axis=(1, 2, 3))
     if metadata.channel_order == "bgr":
         on_pixels = on_pixels[:, ::-1]
-    constants[conv.input[1]].CopyFrom(
-        numpy_helper.from_array(np.ascontiguousarray(on_pixels, np.float32), conv.input[1])
-    )
-    constants[conv.input[2]].CopyFrom(numpy_helper.from_array(shifted.astype(np.float32), conv.input[2]))
+    # Under names of their own: other layers may share the old ones.
+    conv.input[:] = [PIXELS, f"{PIXELS}_weight", f"{PIXELS}_bias"]
+    for name, values in zip(conv.input[1:], (on_pixels, shifted), strict=True):
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name))
     for node in before:
         graph.node.remove(node)
     frames = graph.input[0].name
@@ -54,7 +55,6 @@ def fold_preprocessing(model: onnx.ModelProto, metadata: Metadata) -> None:
         )
     ):
         graph.node.insert(place, node)
-    conv.input[0] = PIXELS
     drop_unused_constants(graph)
 
 
@@ -116,21 +116,25 @@ def end_in_a_row(model: onnx.ModelProto) -> None:
 
 
 def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
+    constants = {tensor.name for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for name in node.input:
+        for name in (
+            node.input if node.op_type != "Shape" else ()
+        ):  # upsampling to the frames' own size, with dynamic sizes
             readers.setdefault(name, []).append(node)
     before: list[onnx.NodeProto] = []
     tensor = graph.input[0].name
     while len(readers.get(tensor, [])) == 1:
         (node,) = readers[tensor]
-        if node.op_type == "Conv" and len(node.input) == 3:
+        if node.op_type == "Conv" and constants.issuperset(node.input[1:]):
             return before, node
-        if node.op_type not in ("Cast", "Transpose", "Slice", "Mul", "Add"):
+        # One of each is the preprocessing; a second one is the network's own.
+        if node.op_type not in {"Cast", "Transpose", "Slice", "Mul", "Add"} - {n.op_type for n in before}:
             break
         before.append(node)
         tensor = node.output[0]
     raise InputError(
-        "The graph does not start as export/to_onnx.py writes it (cast, channel order, normalisation, convolution with a "
-        "bias), so its preprocessing cannot be put into the first layer. Use --target tensorrt or both, or export it again."
+        "The preprocessing cannot be put into the first layer, as --target cpu does: this network does not begin with one "
+        "convolution, padded with zeros, that alone reads the normalised image. Use --target openvino, tensorrt or both."
     )

@@ -127,6 +127,8 @@ class Quantizer:
         if self._recipe.end is not None:
             self._recipe.end(model)
         self.layers = [node.name for node in model.graph.node if node.op_type == "Conv"]
+        if not self.layers:
+            raise InputError(f"{source} has no convolution, and nothing else is quantised here. Use it as it is.")
         self._scratch = tempfile.TemporaryDirectory(prefix="aicsd.int8.")
         self._source = Path(self._scratch.name) / "float.onnx"
         onnx.save_model(model, str(self._source))

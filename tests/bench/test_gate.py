@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aicsd_deploy.bench.gate import Rule, require_no_worse
+from aicsd_deploy.bench.gate import Rule, other_machine, read_baseline, require_no_worse
 from aicsd_deploy.bench.tables import short_names
 from aicsd_deploy.errors import InputError, VerificationError
 
 
 def report(**numbers: float) -> dict[str, Any]:
-    return {"data": "d", "split": "val", "artifacts": [{"path": "x/s.onnx", "p50_ms": 10.0, "miou": 0.5} | numbers]}
+    return {
+        "data": "d",
+        "split": "val",
+        "reference": 0,
+        "artifacts": [{"path": "x/s.onnx", "p50_ms": 10.0, "miou": 0.5} | numbers],
+    }
 
 
 @pytest.mark.parametrize(
@@ -45,7 +52,7 @@ def test_all_that_fails_is_listed() -> None:
     assert error.value.exit_code == 3
 
 
-@pytest.mark.parametrize("text", ["p50_ms", "p50_ms>", "p50_ms=3", "p50_ms>1.1y", "", ">3"])
+@pytest.mark.parametrize("text", ["p50_ms", "p50_ms>", "p50_ms=3", "p50_ms>1.1y", "", ">3", "miou<-0.1x", "miou<nan"])
 def test_what_is_no_rule_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is no rule"):
         Rule.parse(text)
@@ -61,20 +68,78 @@ def test_what_cannot_be_compared_is_refused() -> None:
         require_no_worse({**report(), "artifacts": [{"path": "t.onnx"}]}, report(), rule)
     with pytest.raises(InputError, match="no number 'speed'"):
         require_no_worse(report(), report(), [Rule.parse("speed>1")])
+    with pytest.raises(InputError, match=r"no number 'speed'\. It has p50_ms, miou\."):  # not that of the new one only
+        require_no_worse(report(speed=3), report(), [Rule.parse("speed>1")])
+    with pytest.raises(InputError, match="on 4 images, this report on 5"):
+        require_no_worse(report(images=5), report(images=4), rule)
 
 
 def many(paths: dict[str, float]) -> dict[str, Any]:
-    return {"data": "d", "split": "val", "artifacts": [{"path": path, "miou": miou} for path, miou in paths.items()]}
+    rows = [{"path": path, "miou": miou, "agreement": miou} for path, miou in paths.items()]
+    return {"data": "d", "split": "val", "reference": 0, "artifacts": rows}
 
 
 def test_no_artefact_is_passed_over() -> None:
     rule = [Rule.parse("miou<-0.01")]
     baseline = many({"runs/teacher/best.pt": 0.7, "runs/student/best.pt": 0.6, "s.onnx": 0.6})
-    with pytest.raises(InputError, match=r"has no new\.onnx to compare with: it has teacher/best\.pt"):
+    with pytest.raises(InputError, match=r"has no new\.onnx to compare with: it has runs/teacher/best\.pt"):
         require_no_worse(many({"s.onnx": 0.6, "new.onnx": 0.1}), baseline, rule)
     with pytest.raises(VerificationError, match=r"student/best\.pt: miou"):  # in another folder, as in CI
         require_no_worse(many({"/ci/runs/teacher/best.pt": 0.7, "/ci/runs/student/best.pt": 0.1}), baseline, rule)
     assert len(require_no_worse(many({"s.onnx": 0.6}), baseline, rule)) == 1, "the baseline may have more"
+
+
+def test_folders_tell_which_of_several_it_was() -> None:
+    rule = [Rule.parse("miou<-0.01")]
+    baseline = many({"runs/teacher/best.pt": 0.7, "runs/student/best.pt": 0.6})
+    assert len(require_no_worse(many({"/ci/runs/student/best.pt": 0.6}), baseline, rule)) == 1
+    with pytest.raises(VerificationError):
+        require_no_worse(many({"/ci/runs/teacher/best.pt": 0.6}), baseline, rule)
+    for unknown in (
+        {"best.pt": 0.6},
+        {"runs/other/best.pt": 0.6},
+        {"a/teacher/best.pt": 0.7, "b/teacher/best.pt": 0.7},
+    ):
+        with pytest.raises(InputError, match="to compare with"):
+            require_no_worse(many(unknown), baseline, rule)
+
+
+def test_what_is_held_against_the_reference_needs_the_same_one() -> None:
+    rule = [Rule.parse("agreement<0.5")]
+    baseline = many({"t.pt": 1.0, "s.onnx": 0.9})
+    assert len(require_no_worse(baseline, baseline, rule)) == 2
+    with pytest.raises(InputError, match=r"which is s\.onnx here and t\.pt in the baseline"):
+        require_no_worse(baseline | {"reference": 1}, baseline, rule)
+    with pytest.raises(InputError, match="alone is its own"):  # it is 1 whatever happens
+        require_no_worse(many({"s.onnx": 1.0}), many({"s.onnx": 1.0}), rule)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"schema_version": 99}, "newer aicsd-deploy"),
+        ({"artifacts": []}, r"is no report\.json"),
+        ({"artifacts": [{"path": "s.onnx", "miou": float("nan")}]}, r"is no report\.json.*NaN"),
+        ({"artifacts": ["s.onnx"]}, r"is no report\.json"),
+        ({"reference": 7}, r"is no report\.json"),
+    ],
+)
+def test_a_baseline_that_cannot_be_read_is_refused(tmp_path: Path, change: dict[str, Any], message: str | None) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report() | change))
+    if message is None:
+        assert read_baseline(path) == report()
+    else:
+        with pytest.raises(InputError, match=message):
+            read_baseline(path)
+
+
+def test_another_machine_is_named() -> None:
+    one = {"environment": {"cpu": "A", "cpu_cores": 2, "gpu": []}, "threads": None}
+    assert other_machine(one, one) == ""
+    other = one | {"environment": {"cpu": "B", "cpu_cores": 2, "gpu": []}, "threads": 1}
+    assert other_machine(one, other) == "CPU B there, A here; --threads 1 there, none here"
 
 
 def test_short_names_tell_artefacts_apart() -> None:

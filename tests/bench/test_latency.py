@@ -110,6 +110,11 @@ def test_one_round_has_no_interval_and_says_so() -> None:
     assert "no interval" in Latency.of([[1.0, 2.0, 3.0]]).noise[0]
 
 
+def test_an_interval_of_few_rounds_does_not_go_below_nothing() -> None:
+    assert Latency.of([[1.0] * 5, [10.0] * 5]).p50_interval_ms[0] == 0
+    assert ratio_interval([[1.0] * 5, [10.0] * 5], [[1.0] * 5, [1.0] * 5])[0] == 0
+
+
 def test_a_machine_at_work_is_noticed() -> None:
     with watch_machine() as load:
         total = 0

@@ -23,6 +23,7 @@ from aicsd_deploy.bench.latency import Stopwatch
 from aicsd_deploy.bench.peak import Peak, measure_peak
 from aicsd_deploy.bench.pictures import LOST_BGR, OTHER_BGR, WON_BGR, draw_difference
 from aicsd_deploy.bench.report_files import to_markdown, write_report
+from aicsd_deploy.bench.report_html import headline
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
@@ -189,7 +190,10 @@ def test_a_baseline_is_neither_overwritten_nor_half_compared(made: Path, trained
     assert "over the baseline" in result.stderr
     result = call_script("demo/benchmark.py", TEACHER, CHECKPOINT, *gate, "--out", tmp_path / "new", cwd=trained)
     assert result.returncode == 2
-    assert "has no teacher/best.pt, student/best.pt to compare with: it has best.pt, student.onnx" in result.stderr
+    assert (
+        "has no student/best.pt to compare with: it has runs/teacher/best.pt, runs/student/student.onnx"
+        in result.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "said before anything is measured"
     assert baseline.read_bytes() == (made / "report.json").read_bytes()
 
@@ -258,6 +262,19 @@ def test_the_frames_shown_are_the_worst_and_a_typical_one() -> None:
     assert other.agreement == pytest.approx(1 - 5 / 12)
 
 
+def test_the_headline_says_what_is_lost_where_the_mean_gains() -> None:
+    rows = [
+        {"path": "t.pt", "p50_ms": 20, "miou": 0.5, "per_class_iou": {"a": 0.6, "b": 0.4, "c": None}},
+        {"path": "s.pt", "p50_ms": 10, "miou": 0.52, "per_class_iou": {"a": 0.7, "b": 0.34, "c": None}},
+        {"path": "q.pt", "p50_ms": 10, "miou": 0.33, "per_class_iou": {"a": 0.6, "b": 0.4, "c": 0.0}},
+    ]
+    student, quantised = headline({"artifacts": rows, "reference": 0})
+    assert student.endswith("2.00 times as fast as t.pt, and gains 2.00 points of mIoU. It loses most in b.")
+    assert quantised.endswith(
+        "loses 17.00 points of mIoU. Only one of the two predicts c, which no label has: that alone moves mIoU."
+    )
+
+
 def test_a_batch_that_does_not_fit_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "SECONDS", 0)
     frame = np.zeros((1, 8, 8, 3), np.uint8)
@@ -311,6 +328,13 @@ def test_the_pareto_front_leaves_out_what_is_beaten_in_both() -> None:
     drawing = charts.pareto(["slow", "fast", "bad"], [40, 10, 20], [(39, 41), (9, 11), (19, 21)], [0.7, 0.6, 0.5])
     (points,) = re.findall(r'<polyline points="([^"]*)"', drawing)
     assert len(points.split()) == 2
+
+
+def test_an_interval_that_leaves_the_pareto_plot_is_cut_off() -> None:
+    drawing = charts.pareto(["a", "b"], [10, 20], [(0, 400), (19, 21)], [0.5, 0.6])  # of two rounds, say
+    ends = [float(x) for x in re.findall(r'x[12]="([^"]+)"[^>]*whisker s0', drawing)]
+    assert ends
+    assert all(0 < x < charts.WIDTH for x in ends)
 
 
 def test_names_in_the_pareto_plot_lie_neither_on_each_other_nor_on_dots() -> None:

@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import call_script
+from helpers import CLASSES, call_script
 from onnx import numpy_helper
 from test_onnx import frames, random_checkpoint
+from torch import Tensor, nn
 
+from aicsd_deploy.checkpoint import Checkpoint
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.export.cpu_graph import end_channels_last, fold_preprocessing
 from aicsd_deploy.export.onnx_export import export_onnx
-from aicsd_deploy.export.quantize import Quantizer
+from aicsd_deploy.export.quantize import Quantizer, Target
 from aicsd_deploy.export.verify import compare
-from aicsd_deploy.metadata import ONNX_KEY
+from aicsd_deploy.metadata import ONNX_KEY, Metadata
+from aicsd_deploy.models import build_model
 from aicsd_deploy.runtime.base import open_backend
 from aicsd_deploy.runtime.frames import as_input
 from aicsd_deploy.runtime.ort_backend import OrtBackend
@@ -54,6 +57,62 @@ def test_the_rewritten_float_graph_labels_as_before(exported: Path, tmp_path: Pa
             # What differs is the padding of the first layer.
             assert compare(before, after, frames()).share > 0.95
     assert not {"Slice", "Mul"} & {node.op_type for node in list(model.graph.node)[:6]}
+
+
+def sharing(num_classes: int) -> nn.Module:
+    first, second = nn.Conv2d(3, 3, 3, 1, 1, bias=False), nn.Conv2d(3, 3, 3, 1, 1, bias=False)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(3, num_classes, 1))
+
+
+def test_a_first_layer_without_a_bias_that_shares_its_weights_is_quantised(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "c.pt", "test_int8:sharing")
+    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", "cpu")
+    with open_backend(tmp_path / "c.onnx") as before, open_backend(tmp_path / "q.onnx") as after:
+        assert compare(before, after, frames()).share > 0.85
+
+
+class Scaling(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, num_classes, 3, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(2 * images + 1)
+
+
+class Branching(Scaling):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images) + self.layer(images.flip(3))
+
+
+class WithoutConvolution(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("network", "target", "message"),
+    [
+        (Scaling, "cpu", "Use --target openvino"),
+        (Branching, "cpu", "Use --target openvino"),
+        (WithoutConvolution, "tensorrt", "has no convolution"),
+    ],
+)
+def test_what_cannot_be_quantised_is_refused(
+    network: type[nn.Module], target: str, message: str, tmp_path: Path
+) -> None:
+    metadata = Metadata(f"test_int8:{network.__name__}", CLASSES, (64, 96), data="synthetic")
+    checkpoint = Checkpoint(metadata, build_model(metadata.model, num_classes=len(CLASSES)).state_dict())
+    export_onnx(checkpoint, metadata, tmp_path / "c.onnx")
+    with pytest.raises(InputError, match=message):
+        quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", target)
+    assert not (tmp_path / "q.onnx").exists()
 
 
 def test_a_cpu_file_reads_pixels_and_keeps_chains_in_eight_bits(exported: Path, tmp_path: Path) -> None:
@@ -103,13 +162,14 @@ def test_an_openvino_file_runs_in_openvino_and_labels_as_the_float_file(exported
             after.infer(np.zeros((1, 32, 32, 3), np.uint8))
 
 
-def test_an_openvino_file_may_take_any_batch_and_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["cpu", "openvino"])
+def test_a_file_may_take_any_batch_and_size(target: Target, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", "lraspp_mobilenetv2")
     export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=("batch", "size")), tmp_path / "c.onnx")
-    quantized(tmp_path / "c.onnx", tmp_path / "ov.onnx", "openvino")
+    quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", target)
     batch = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), np.uint8)
-    with open_backend(tmp_path / "ov.onnx") as backend, OrtBackend(tmp_path / "ov.onnx") as other:
-        assert backend.name == "openvino CPU"
+    with open_backend(tmp_path / "q.onnx") as backend, open_backend(tmp_path / "c.onnx") as other:
+        assert backend.name == ("openvino CPU" if target == "openvino" else "onnxruntime CPU")
         assert (backend.infer(batch) == other.infer(batch)).mean() > MOSTLY
 
 

@@ -181,6 +181,7 @@ CASES = {
     "to_int8, cut": ("export/to_int8.py {t}/cut.onnx -o {o}.onnx", "cut.onnx"),
     "to_int8, a checkpoint": ("export/to_int8.py " + CKPT + " -o {o}.onnx", "to_onnx.py"),
     "to_int8, wrong suffix": ("export/to_int8.py " + ONNX + " -o {o}.plan", ".onnx"),
+    "to_int8, into its own source": ("export/to_int8.py " + ONNX + " -o " + ONNX, "the float32 file itself"),
     "to_int8, other data": ("export/to_int8.py " + ONNX + " --data synthetic -o {o}.onnx", "classes are not those"),
     "to_int8, a share of what": ("export/to_int8.py " + ONNX + " --max-miou-drop much -o {o}.onnx", "much"),
     "benchmark, a rule that is none": (
@@ -205,6 +206,10 @@ CASES = {
     "teacher, unknown network for bad data": (
         "train/teacher.py --data folder:{t}/text_png --model resnet9000 --out {o}",
         "resnet9000",
+    ),
+    "benchmark, other data": (
+        "demo/benchmark.py " + ONNX + " --data synthetic --out {o}",
+        "student.onnx's classes are not those",
     ),
     "benchmark, missing": ("demo/benchmark.py {t}/none.onnx --out {o}", "none.onnx"),
     "benchmark, cut": ("demo/benchmark.py " + ONNX + " {t}/cut.onnx --out {o}", "cut.onnx"),

@@ -116,6 +116,29 @@ def test_the_state_dict_and_the_statistics_stay_those_of_the_float_network() -> 
     assert network[1].weight.grad is not None, "scale and shift go on learning"
 
 
+def test_a_range_is_a_running_mean_of_what_training_shows() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 1, 1))
+    (low_high,) = imitate_int8(network, symmetric=False).values()
+
+    def show(low: float, high: float) -> None:
+        network(torch.tensor([low, high]).view(1, 1, 1, 2))
+
+    network.train()
+    show(-1, 2)
+    assert low_high.tolist() == [-1, 2], "the first batch is all that is known"
+    show(-3, 12)
+    assert low_high.tolist() == pytest.approx([-1.1, 2.5]), "one batch in twenty"
+    show(0, 0)
+    assert low_high.tolist() == pytest.approx([-1.045, 2.375])
+    network.eval()
+    show(-100, 100)
+    assert low_high.tolist() == pytest.approx([-1.045, 2.375]), "validation changes nothing"
+    network.train()
+    for _ in range(200):
+        show(0, 1)
+    assert low_high.tolist() == pytest.approx([0, 1], abs=1e-3), "old batches are forgotten"
+
+
 def test_qat_goes_on_with_a_student_and_leaves_an_ordinary_checkpoint(trained: Path, tmp_path: Path) -> None:
     student, out = trained / "runs/student", tmp_path / "qat"
     flags = [
