@@ -74,11 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"{source} is not an ONNX file. Export the checkpoint first: python export/to_onnx.py {source}"
         )
-    if out.suffix != ".onnx":
-        raise InputError(f"{out} must end in .onnx.")
+    if out.suffix != ".onnx" or out.resolve() == source.resolve():
+        raise InputError(f"{out} must end in .onnx, and not be the float32 file itself. Give another name with -o.")
     keep_apart(args.json, source, out)
-    if out.resolve() == source.resolve():
-        raise InputError(f"{out} is the float32 file itself, which is needed again. Give another name with -o.")
     with open_backend(source, device="cpu") as backend:
         spec = args.data or backend.metadata.data
     val = open_dataset(spec, "val")
