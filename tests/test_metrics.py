@@ -71,7 +71,7 @@ def test_images_without_any_label_have_no_score(folder_data: Path) -> None:
     for path in (folder_data / "val/labels").iterdir():
         Image.fromarray(np.full((48, 64), 255, np.uint8)).save(path)
     dataset = open_dataset(f"folder:{folder_data}", "val")
-    backend = SimpleNamespace(metadata=SimpleNamespace(classes=dataset.classes))
+    backend = SimpleNamespace(device="cpu", metadata=SimpleNamespace(classes=dataset.classes))
 
     def segmenter(frame: np.ndarray) -> np.ndarray:
         return np.zeros(frame.shape[:2], np.uint8)
