@@ -165,7 +165,7 @@ def keep_apart(result: Path | None, *others: Path) -> None:
     """Raise InputError where `--json`, the file `result`, is one of the others that a command reads or writes."""
     if result is not None and result.resolve() in [path.resolve() for path in others]:
         raise InputError(
-            f"--json {result} would replace a file that this command reads or writes. Give it another name."
+            f"--json names the same file as another that this command reads or writes: {result}. Give it another name."
         )
 
 

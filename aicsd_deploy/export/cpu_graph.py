@@ -119,9 +119,9 @@ def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProt
     constants = {tensor.name for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for name in (
-            node.input if node.op_type != "Shape" else ()
-        ):  # upsampling to the frames' own size, with dynamic sizes
+        if node.op_type == "Shape":  # of the frames, for upsampling to their size: that reads no pixel
+            continue
+        for name in node.input:
             readers.setdefault(name, []).append(node)
     before: list[onnx.NodeProto] = []
     tensor = graph.input[0].name

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, positive_int
+from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, keep_apart, positive_int
 from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.metadata import SegClass
@@ -98,8 +98,7 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         parser.error("--audio needs a file with sound: --source FILE")
     if len(set(args.output or ())) < len(args.output or ()):
         parser.error("two -o name the same file")
-    if args.json in (*(args.output or ()), Path(args.source or "")):
-        parser.error("--json names the same file as -o or --source")
+    keep_apart(args.json, *(args.output or ()), Path(args.source or ""))
     for path in args.output or ():
         if not (is_video(path) or path.suffix in ("", ".jsonl") or path.is_dir()):
             raise InputError(
