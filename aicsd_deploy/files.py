@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aicsd_deploy.errors import InputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -35,6 +38,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(path)
+    except OSError as error:
+        if error.errno in _FULL and not error.filename:  # the system does not say for which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         for folder in made:
             with suppress(OSError):  # it is not empty
@@ -83,12 +90,8 @@ def check_writable(path: Path | str) -> None:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` atomically, in UTF-8."""
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:  # a full disk does not say for which file
-        error.filename = error.filename or str(path)
-        raise
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path | str, value: Any) -> None:

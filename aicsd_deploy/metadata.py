@@ -107,7 +107,7 @@ class Metadata:
             if not classes or height < 1 or width < 1 or rest["channel_order"] not in ("bgr", "rgb"):
                 raise ValueError("no classes, no size or an unknown channel order")
             return cls(**rest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"{origin} carries no usable aicsd-deploy metadata ({error!r}), so its classes and input are unknown. "
                 "Export it again with export/to_onnx.py, or train it with train/."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ class ConfusionMatrix:
             pixel_accuracy=float(hits.sum() / self.counts.sum()),
             mean_class_accuracy=_mean(accuracy),
             images=self.images,
+            label_pixels=dict(zip(class_names, truth.tolist(), strict=True)),
         )
 
 
@@ -72,6 +73,7 @@ class Scores:
         pixel_accuracy: share of the labelled pixels that are right.
         mean_class_accuracy: mean over the classes that occur of the share of their pixels that are right.
         images: how many images were scored.
+        label_pixels: how many pixels the labels give to each class, by its name.
     """
 
     miou: float
@@ -79,16 +81,11 @@ class Scores:
     pixel_accuracy: float
     mean_class_accuracy: float
     images: int
+    label_pixels: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `summary.json`, `evaluate.py --json` and `report.json` hold."""
-        return {
-            "miou": self.miou,
-            "per_class_iou": self.per_class_iou,
-            "pixel_accuracy": self.pixel_accuracy,
-            "mean_class_accuracy": self.mean_class_accuracy,
-            "images": self.images,
-        }
+        return asdict(self)
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float:

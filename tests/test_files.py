@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,13 +54,21 @@ def test_an_error_leaves_no_folder_that_was_made_for_the_file(tmp_path: Path) ->
     assert (tmp_path / "new" / "deep" / "file.json").exists()
 
 
-def test_a_full_disk_is_reported_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, text: str, encoding: str) -> None:
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.plan'"), atomic_path(tmp_path / "x.plan"):
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"):
-        write_json(tmp_path / "x.json", {})
+
+def test_a_termination_signal_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from aicsd_deploy.cli import run; from aicsd_deploy.files import atomic_path\n"
+        "def main(argv):\n"
+        f"    with atomic_path({str(tmp_path / 'new' / 'x.plan')!r}) as path:\n"
+        "        path.write_text('half'); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "run(main)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 143
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,6 +93,7 @@ def test_metadata_survives_json() -> None:
         {"channel_order": "gbr"},
         {"mean": [1, 2]},
         {"schema_version": 99},
+        {"schema_version": float("inf")},
         {"scores": 3},
     ],
 )

@@ -50,6 +50,7 @@ def test_absent_classes_count_in_no_mean_but_wrongly_predicted_ones_do() -> None
     assert scores.miou == pytest.approx(0.5)
     assert scores.pixel_accuracy == pytest.approx(0.75)
     assert scores.mean_class_accuracy == pytest.approx(0.75)
+    assert scores.label_pixels == {"a": 2, "b": 2, "c": 0, "d": 0}
 
 
 def test_large_counts_do_not_overflow() -> None:

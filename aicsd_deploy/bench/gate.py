@@ -136,22 +136,12 @@ def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Se
         VerificationError: a rule fails; all that do are listed.
     """
     rows = report["artifacts"]
-    for key in ("data", "split"):
-        if report[key] != baseline.get(key):
-            raise InputError(
-                f"The baseline was measured on {key} {baseline.get(key)!r}, this report on {report[key]!r}: they say nothing "
-                "about each other."
-            )
     paths = [row["path"] for row in rows]
     partners = require_comparable(paths, report["reference"], baseline, rules)
     passed: list[str] = []
     failed: list[str] = []
     for name, row, partner in zip(short_names(paths), rows, partners, strict=True):
-        if row.get("images") != partner.get("images"):
-            raise InputError(
-                f"The baseline scored {name} on {partner.get('images')} images, this report on {row.get('images')}: the data have "
-                "changed. Make the baseline again."
-            )
+        _require_same_labels(name, report, row, baseline, partner)
         for rule in rules:
             _require_number(rule, name, row)
             value, before = row[rule.metric], partner[rule.metric]
@@ -204,6 +194,23 @@ def _shared_names(one: str, other: str) -> int:
     """Return in how many names of folders and files two paths end alike."""
     pairs = zip(reversed(Path(one).parts), reversed(Path(other).parts), strict=False)
     return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _require_same_labels(
+    name: str, report: dict[str, Any], row: dict[str, Any], baseline: dict[str, Any], partner: dict[str, Any]
+) -> None:
+    """Raise InputError unless an artefact was scored on the same labels in both reports, under whatever path.
+
+    How many pixels the labels give to each class tells; a baseline that is older than that record must name the same data.
+    """
+    pairs = ((report, row), (baseline, partner))
+    now, before = (f"{one['data']} ({one['split']}, {scored.get('images')} images)" for one, scored in pairs)
+    known = "label_pixels" in partner
+    if row["label_pixels"] != partner["label_pixels"] if known else now != before:
+        raise InputError(
+            f"{name} was scored on {before} for the baseline, and now on {now}: on other labels, they say nothing about each "
+            "other. Give the same --data and --split, or make the baseline again."
+        )
 
 
 def _require_number(rule: Rule, name: str, row: dict[str, Any]) -> None:

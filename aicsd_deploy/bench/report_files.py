@@ -47,12 +47,10 @@ def to_markdown(report: dict[str, Any]) -> str:
         "## What it takes",
         table(*tables.costs(report)),
     ]
-    for title, found in (
-        ("## Power and clocks", tables.gpu(report)),
-        ("## MLPerf's load generator", tables.loadgen(report)),
-    ):
-        if found:
-            parts += [title, table(*found)]
+    if gpu := tables.gpu(report):
+        parts += ["## Power and clocks", table(*gpu)]
+    if loadgen := tables.loadgen(report):
+        parts += ["## MLPerf's load generator", table(*loadgen), tables.loadgen_method(report)]
     parts += ["## IoU of each class, %", table(*tables.classes(report)), "## Measured on"]
     parts += [_items(f"{name}: {value}" for name, value in tables.machine(report)[1])]
     parts += [f"`{report['provenance']['command']}`"]
@@ -63,15 +61,15 @@ def to_model_card(report: dict[str, Any]) -> str:
     """Return MODEL_CARD.md for the last artefact. Source of its parts: Mitchell et al., arXiv 1810.03993."""
     row, name = report["artifacts"][-1], tables.names_of(report)[-1]
     origin = row["artifact_provenance"]
-    weak = [n for n, iou in row["per_class_iou"].items() if iou is not None and iou < WEAK_IOU]
-    unseen = [n for n, iou in row["per_class_iou"].items() if iou is None]
+    unseen = [n for n, pixels in row["label_pixels"].items() if not pixels]
+    weak = [n for n, iou in row["per_class_iou"].items() if n not in unseen and (iou or 0) < WEAK_IOU]
     headers, rows = tables.summary(report)
     height, width = row["image_size_hw"]
     limits = [
         f"Scores are of {report['data']} ({report['split']}, {row['images']} images). On other cameras, places or weather they "
         "were not measured.",
         f"Do not rely on {', '.join(weak)}: below {100 * WEAK_IOU:.0f} % IoU." if weak else "",
-        f"Nothing is known about {', '.join(unseen)}: no such pixel among the images." if unseen else "",
+        f"Nothing is known about {', '.join(unseen)}: no label of the images has it." if unseen else "",
         f"Latency is that of the machine below; runs in {row['runtime']}.",
     ]
     iou = [[n, percent(v)] for n, v in row["per_class_iou"].items()]

@@ -53,6 +53,7 @@ def to_html(report: dict[str, Any], pictures: Sequence[Picture]) -> str:
         costs=tables.costs(report),
         gpu=tables.gpu(report),
         loadgen=tables.loadgen(report),
+        loadgen_method=tables.loadgen_method(report),
         classes=tables.classes(report),
         class_bars=[
             (

@@ -133,6 +133,14 @@ def loadgen(report: dict[str, Any]) -> Table | None:
     return (headers, rows) if rows else None
 
 
+def loadgen_method(report: dict[str, Any]) -> str:
+    """Return what is to be known about the load generator's figures; nothing where there are none."""
+    seconds = next((row["loadgen"]["seconds"] for row in report["artifacts"] if row["loadgen"]), None)
+    if seconds is None:
+        return ""
+    return f"At least {seconds} s for each scenario, shorter than MLPerf asks for: numbers to compare in kind, no submission."
+
+
 def classes(report: dict[str, Any]) -> Table:
     """IoU of each class in percent, in the order of the label values."""
     rows = [

@@ -116,9 +116,9 @@ def require_within(loss: Loss, limits: Limits, *, what: str, layers: Sequence[st
     worst = f" Layers that add most error: {', '.join(layers)}." if layers else ""
     raise VerificationError(
         f"{what} does not do what the checkpoint does: at {size} they agree on {100 * share:.2f} % of the pixels (at least "
-        f"{100 * limits.agreement:g} % required), and mIoU falls by {loss.miou_drop:.2f} points (at most {limits.miou_drop:g} allowed). It was "
-        f"not kept. Classes that lose most IoU: {', '.join(loss.worst_classes())}.{worst} Try a wider format (--fp16, --fp32), or "
-        "say what you accept with --min-agreement and --max-miou-drop."
+        f"{100 * limits.agreement:g} % required), and mIoU changes by {-loss.miou_drop:+.2f} points (a fall of {limits.miou_drop:g} is allowed). It "
+        f"was not kept. Classes that lose most IoU: {', '.join(loss.worst_classes())}.{worst} Try a wider format, if there is one (--fp16 "
+        "for int8 and fp8, else --fp32), or say what you accept with --min-agreement and --max-miou-drop."
     )
 
 

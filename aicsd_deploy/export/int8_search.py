@@ -99,23 +99,22 @@ def quantize_within(
         # The methods differ by little, so that the next one is tried before a layer is given up.
         for method in sorted(methods, key=lambda name: -result.methods.get(name, 0.0)):
             scores = attempt(val, method, always, f"proving {method}")
-            say(f"{method}: loses {100 * (float_scores.miou - scores.miou):.2f} points on the validation images")
+            say(f"{method}: {_change(float_scores.miou - scores.miou)} on the validation images")
             if not proved or scores.miou > result.int8_scores.miou:
                 result.method, result.int8_scores, proved = method, scores, True
             if result.drop <= max_miou_drop:
                 break
         if result.drop > max_miou_drop:
-            say(
-                f"loses {100 * result.drop:.2f} points of mIoU, {100 * max_miou_drop:.2f} are allowed: looking for costly layers"
-            )
+            say(f"{_change(result.drop)}, {100 * max_miou_drop:.2f} may be lost: looking for costly layers")
             result.layer_costs = _layer_costs(quantizer, held_out, result.method)
         ranked = sorted(result.layer_costs, key=lambda name: -result.layer_costs[name])
-        count = 1
-        while result.drop > max_miou_drop and count <= len(ranked) // 2:
+        half = len(ranked) // 2
+        for count in sorted({*(2**i for i in range(half.bit_length())), half} - {0}):
+            if result.drop <= max_miou_drop:
+                break
             result.float_layers = [*always, *(name for name in ranked[:count] if name not in always)]
             result.int8_scores = attempt(val, result.method, result.float_layers, f"proving, {count} layers in float")
-            say(f"{count} layers in float: {100 * result.drop:.2f} points lost")
-            count *= 2
+            say(f"{count} layers in float: {_change(result.drop)}")
     finally:
         quantizer.close()
     if result.drop > max_miou_drop:
@@ -126,6 +125,10 @@ def quantize_within(
             "--max-miou-drop if you can afford it, or give more --frames."
         )
     return result
+
+
+def _change(drop: float) -> str:
+    return f"{'gains' if drop < 0 else 'loses'} {100 * abs(drop):.2f} points of mIoU"
 
 
 def _scores(backend: Backend, dataset: SegmentationDataset, title: str) -> Scores:

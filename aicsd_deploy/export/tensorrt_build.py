@@ -277,7 +277,7 @@ def _monitor(trt: Any, stack: ExitStack, description: str) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
-            self.interrupted = False
+            self.interrupted_by: int | None = None
             self.outermost: str | None = None
             self.advance: Advance | None = None
 
@@ -288,7 +288,7 @@ def _monitor(trt: Any, stack: ExitStack, description: str) -> Any:
         def step_complete(self, phase: str, step: int) -> bool:
             if phase == self.outermost and self.advance is not None:
                 self.advance()
-            return not self.interrupted
+            return self.interrupted_by is None
 
         def phase_finish(self, phase: str) -> None:
             pass
@@ -298,18 +298,19 @@ def _monitor(trt: Any, stack: ExitStack, description: str) -> Any:
 
 @contextmanager
 def _interruptible(monitor: Any) -> Iterator[None]:
-    """Let Ctrl-C end a build at its next step: an exception in a monitor would be printed, and be a failure of TensorRT's."""
-    if threading.current_thread() is not threading.main_thread():  # Ctrl-C is the main thread's
+    """Let Ctrl-C and SIGTERM end a build at its next step; an exception in a monitor would count as TensorRT's failure."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
 
-    def interrupt(*_: object) -> None:
-        monitor.interrupted = True
+    def interrupt(number: int, _: object) -> None:
+        monitor.interrupted_by = number
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if monitor.interrupted_by is not None:
+        signal.raise_signal(monitor.interrupted_by)

@@ -12,13 +12,15 @@ from aicsd_deploy.bench.gate import Rule, other_machine, read_baseline, require_
 from aicsd_deploy.bench.tables import short_names
 from aicsd_deploy.errors import InputError, VerificationError
 
+LABELS = {"label_pixels": {"road": 5}}
 
-def report(**numbers: float) -> dict[str, Any]:
+
+def report(**changes: object) -> dict[str, Any]:
     return {
         "data": "d",
         "split": "val",
         "reference": 0,
-        "artifacts": [{"path": "x/s.onnx", "p50_ms": 10.0, "miou": 0.5} | numbers],
+        "artifacts": [{"path": "x/s.onnx", "p50_ms": 10.0, "miou": 0.5} | LABELS | changes],
     }
 
 
@@ -60,22 +62,36 @@ def test_what_is_no_rule_is_refused(text: str) -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     rule = [Rule.parse("p50_ms>1.1x")]
-    with pytest.raises(InputError, match="say nothing about each other"):
-        require_no_worse(report() | {"data": "other"}, report(), rule)
-    with pytest.raises(InputError, match="measured on split 'val', this report on 'test'"):
-        require_no_worse(report() | {"split": "test"}, report(), rule)
     with pytest.raises(InputError, match=r"t\.onnx"):
         require_no_worse({**report(), "artifacts": [{"path": "t.onnx"}]}, report(), rule)
     with pytest.raises(InputError, match="no number 'speed'"):
         require_no_worse(report(), report(), [Rule.parse("speed>1")])
     with pytest.raises(InputError, match=r"no number 'speed'\. It has p50_ms, miou\."):  # not that of the new one only
         require_no_worse(report(speed=3), report(), [Rule.parse("speed>1")])
-    with pytest.raises(InputError, match="on 4 images, this report on 5"):
-        require_no_worse(report(images=5), report(images=4), rule)
+
+
+def test_other_labels_are_refused_and_another_path_to_the_same_is_not() -> None:
+    rule = [Rule.parse("p50_ms>1.1x")]
+    elsewhere = {"data": "/ci/d"}
+    assert require_no_worse(report() | elsewhere, report(), rule)
+    with pytest.raises(InputError, match=r"scored on d \(val, None images\) .*, and now on /ci/d \(val"):
+        require_no_worse(report(label_pixels={"road": 6}) | elsewhere, report(), rule)
+    with pytest.raises(InputError, match="say nothing about each other"):
+        require_no_worse(report(label_pixels={"road": 6}), report(), rule)
+
+
+def test_a_baseline_that_knows_no_labels_must_name_the_same_data() -> None:
+    rule = [Rule.parse("p50_ms>1.1x")]
+    old = report(images=4)
+    del old["artifacts"][0]["label_pixels"]
+    assert require_no_worse(report(images=4), old, rule)
+    for new in (report(images=5), report(images=4) | {"data": "other"}, report(images=4) | {"split": "test"}):
+        with pytest.raises(InputError, match=r"scored on d \(val, 4 images\)"):
+            require_no_worse(new, old, rule)
 
 
 def many(paths: dict[str, float]) -> dict[str, Any]:
-    rows = [{"path": path, "miou": miou, "agreement": miou} for path, miou in paths.items()]
+    rows = [{"path": path, "miou": miou, "agreement": miou} | LABELS for path, miou in paths.items()]
     return {"data": "d", "split": "val", "reference": 0, "artifacts": rows}
 
 

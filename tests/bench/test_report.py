@@ -22,8 +22,8 @@ from aicsd_deploy.bench.gpu_meter import GpuMeter
 from aicsd_deploy.bench.latency import Stopwatch
 from aicsd_deploy.bench.peak import Peak, measure_peak
 from aicsd_deploy.bench.pictures import LOST_BGR, OTHER_BGR, WON_BGR, draw_difference
-from aicsd_deploy.bench.report_files import to_markdown, write_report
-from aicsd_deploy.bench.report_html import headline
+from aicsd_deploy.bench.report_files import to_markdown, to_model_card, write_report
+from aicsd_deploy.bench.report_html import headline, to_html
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
@@ -273,6 +273,24 @@ def test_the_headline_says_what_is_lost_where_the_mean_gains() -> None:
     assert quantised.endswith(
         "loses 17.00 points of mIoU. Only one of the two predicts c, which no label has: that alone moves mIoU."
     )
+
+
+def test_the_model_card_tells_weak_classes_from_those_without_a_label(report: dict[str, Any]) -> None:
+    known = {"good": 0.5, "weak": 0.29, "only predicted": 0.0, "nowhere": None}
+    pixels = {"good": 9, "weak": 9, "only predicted": 0, "nowhere": 0}
+    rows = [row | {"per_class_iou": known, "label_pixels": pixels} for row in report["artifacts"]]
+    card = to_model_card(report | {"artifacts": rows})
+    assert "Do not rely on weak: below 30 % IoU." in card
+    assert "Nothing is known about only predicted, nowhere:" in card
+
+
+def test_what_the_load_generator_found_is_shown_with_how_long_it_ran(report: dict[str, Any]) -> None:
+    assert "load generator" not in to_markdown(report)
+    assert "load generator" not in to_html(report, [])
+    found = {"seconds": 7, "single_stream_p90_ms": 1.5, "single_stream_valid": True, "offline_fps": 9.5}
+    rows = [row | {"loadgen": found | {"offline_valid": False}} for row in report["artifacts"]]
+    for text in (to_markdown(report | {"artifacts": rows}), to_html(report | {"artifacts": rows}, [])):
+        assert "At least 7 s for each scenario" in text
 
 
 def test_a_batch_that_does_not_fit_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,16 +212,26 @@ def test_errors_of_values_whose_squares_float32_cannot_hold() -> None:
     assert next(iter(errors)) == "node_of_z"
 
 
-def test_ctrl_c_ends_a_build(small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_a_build(
+    number: int, raised: type, small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     @contextmanager
     def progress(*_: object) -> Iterator[Any]:
-        yield lambda: os.kill(os.getpid(), signal.SIGINT)
+        yield lambda: os.kill(os.getpid(), number)
+
+    def handler(*_: object) -> None:
+        raise raised
 
     monkeypatch.setattr("aicsd_deploy.export.tensorrt_build.progress", progress)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(onnx.load(small), "rtx", BuildOptions())
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(raised):
+            build_engine(onnx.load(small), "rtx", BuildOptions())
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
     assert "Exception" not in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_twice_the_same_engine(small: Path) -> None:
