@@ -61,8 +61,10 @@ def test_large_counts_do_not_overflow() -> None:
 
 
 def test_labels_that_are_no_class_are_refused() -> None:
-    with pytest.raises(ValueError, match="number of classes"):
-        ConfusionMatrix(2).add(np.zeros((1, 1), np.uint8), np.full((1, 1), 7, np.uint8))
+    zero, two = np.zeros((1, 1), np.uint8), np.full((1, 1), 2, np.uint8)
+    for predicted, labels in ((zero, two), (two, zero)):
+        with pytest.raises(ValueError, match="number of classes"):
+            ConfusionMatrix(2).add(predicted, labels)
     with pytest.raises(ValueError, match="differ in size"):
         ConfusionMatrix(2).add(np.zeros((1, 2), np.uint8), np.zeros((1, 1), np.uint8))
 

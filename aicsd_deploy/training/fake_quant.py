@@ -41,7 +41,7 @@ def imitate_int8(network: nn.Module, *, symmetric: bool) -> dict[str, Tensor]:
             assert isinstance(module, _Int8Conv2d)
             module.symmetric = symmetric
             module.register_buffer("input_range", torch.zeros(2, device=module.weight.device), persistent=False)
-            ranges[f"input_range_{name.replace('.', '_')}"] = module.input_range
+            ranges[f"input_range_{name.replace('.', '/')}"] = module.input_range
         elif type(module) is nn.BatchNorm2d:
             module.__class__ = _FrozenBatchNorm2d
             module.eval()

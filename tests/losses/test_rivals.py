@@ -78,6 +78,7 @@ def test_dist_by_plain_loops() -> None:
     columns_s, columns_t = (list(map(list, zip(*rows, strict=True))) for rows in (rows_s, rows_t))
     intra = sum(1 - pearson(a, b) for a, b in zip(columns_s, columns_t, strict=True)) / 3
     close(dist_loss(s, t, temperature=2.0, inter=0.7, intra=1.3), 4 * (0.7 * inter + 1.3 * intra))
+    close(dist_loss(s, t, temperature=2.0), 4 * (inter + intra))
 
 
 def test_attention_by_plain_loops() -> None:
