@@ -62,6 +62,7 @@ def test_warm_up_lasts_until_times_are_stable_and_says_so_if_they_never_are(cloc
     found = measure_latency([settling], FRAMES, rounds=2)[0]
     assert found.warmup_frames == 20
     assert found.p99_ms == pytest.approx(10)
+    assert found.noise == ()
     growing = Fake("b", clock, [1.1**i for i in range(200)], [])
     found = measure_latency([growing], FRAMES, rounds=2)[0]
     assert found.warmup_frames == module.WARMUP_MAX
@@ -108,6 +109,12 @@ def test_the_interval_holds_the_median_of_a_repeat_as_often_as_it_says() -> None
 
 def test_one_round_has_no_interval_and_says_so() -> None:
     assert "no interval" in Latency.of([[1.0, 2.0, 3.0]]).noise[0]
+
+
+def test_a_median_that_a_repeat_could_move_is_said_to_be_uncertain() -> None:
+    (text,) = Latency.of([[10.0] * 5, [13.0] * 5] * 5).noise
+    assert text.startswith("the median is uncertain by")
+    assert Latency.of([[10.0] * 5, [10.1] * 5] * 5).noise == ()
 
 
 def test_an_interval_of_few_rounds_does_not_go_below_nothing() -> None:
