@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from aicsd_deploy.config import DistillConfig, MethodConfig, add_config_flags, r
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import BALANCE_STEPS, Distiller, classes_present, cross_entropy, labels_at
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.losses.cwd import cwd_loss
 from aicsd_deploy.losses.icsd import icsd_loss
 from aicsd_deploy.losses.pixel_kd import pixel_kd_loss
 from aicsd_deploy.training.resume import check_same_run
@@ -219,6 +221,29 @@ def test_options_choose_which_pixels_and_classes_count(batch: Batch) -> None:
     present = classes_present(t, small)
     expected = icsd_loss(s, t, valid=labelled, normalize="none", symmetric=True, classes=present)
     torch.testing.assert_close(ics(batch, step=0, total_steps=1).terms["icsd"], expected)
+
+
+def test_classes_that_nobody_sees_are_left_out_of_icsd_on_request(batch: Batch) -> None:
+    student, teacher = Network(0).eval(), Network(1).eval()
+    last = [module for module in teacher.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    assert last.bias is not None
+    last.bias.data[2] = -100
+    batch = replace(batch, labels_BHW=torch.where(batch.labels_BHW == 2, 1, batch.labels_BHW))
+    s, t = student(batch.images_BCHW), teacher(batch.images_BCHW)
+    labelled = labels_at(batch.labels_BHW, (4, 4)) != 255
+    two = torch.tensor([True, True, False]).expand(len(s), 3)
+    for choice, classes in (("all", None), ("present", two)):
+        found = distiller(student, teacher, "icsd", icsd_classes=choice)(batch, step=0, total_steps=1).terms["icsd"]
+        torch.testing.assert_close(found, icsd_loss(s, t, valid=labelled, classes=classes))
+
+
+def test_cwd_has_its_papers_temperature_unless_one_is_given(batch: Batch) -> None:
+    student, teacher = Network(0).eval(), Network(1).eval()
+    s, t = student(batch.images_BCHW), teacher(batch.images_BCHW)
+    labelled = labels_at(batch.labels_BHW, (4, 4)) != 255
+    for settings, temperature in (({}, 4.0), ({"temperature": 2.0}, 2.0)):
+        found = distiller(student, teacher, "cwd", **settings)(batch, step=0, total_steps=1).terms["cwd"]
+        torch.testing.assert_close(found, cwd_loss(s, t, temperature=temperature, valid=labelled))
 
 
 def test_classes_present_are_those_of_the_labels_and_of_the_logits() -> None:

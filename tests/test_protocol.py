@@ -38,6 +38,8 @@ def test_every_way_gives_the_labels_of_a_network_that_is_right_everywhere() -> N
         Protocol(native=True, flip=True),
         Protocol(native=True, window_hw=(32, 48)),
         Protocol(native=True, window_hw=(64, 64)),
+        Protocol(native=True, window_hw=(96, 32)),
+        Protocol(native=True, window_hw=(32, 96)),
         Protocol(native=True, window_hw=(16, 16), scales=(1.0, 2.0), flip=True),
     ):
         segmenter = ProtocolSegmenter(Brightest(), METADATA, protocol, device=torch.device("cpu"))

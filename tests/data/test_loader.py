@@ -88,6 +88,29 @@ def test_picture_and_labels_move_together_and_padding_is_ignored() -> None:
     assert 3 < padded < 17, "pictures are made smaller about half of the time"
 
 
+def test_a_picture_is_stretched_or_covers_the_crop_in_its_proportions() -> None:
+    wide = np.arange(40, dtype=np.uint8)[None].repeat(10, 0)
+    for labels in (wide, wide.T.copy()):
+        image = labels[..., None].repeat(3, 2)
+        for keep_aspect, columns in ((False, {20}), (True, {10, 11})):
+            augmentation = Augmentation((20, 20), (1.0, 1.0), flip=False, keep_aspect=keep_aspect)
+            _, mask = augmentation((image, labels), seed=0)
+            assert mask.shape == (20, 20)
+            assert len(mask.unique()) in columns, "of the long side's 40, in a crop of 20"
+
+
+def test_half_of_the_pictures_are_mirrored_unless_none_is_to_be() -> None:
+    labels = np.arange(20, dtype=np.uint8)[None].repeat(20, 0)
+    image = labels[..., None].repeat(3, 2)
+
+    def mirrored(flip: bool) -> int:
+        augmentation = Augmentation((20, 20), (1.0, 1.0), flip=flip)
+        return sum(int(augmentation((image, labels), seed=seed)[1][0, 0] == 19) for seed in range(40))
+
+    assert mirrored(False) == 0
+    assert 10 < mirrored(True) < 30
+
+
 def test_every_picture_gets_colours_by_its_own_seed() -> None:
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     augmentation = Augmentation((8, 8), color_jitter=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, LossBreakdown
 from aicsd_deploy.training.fake_quant import imitate_int8
 from aicsd_deploy.training.guard import StepGuard
-from aicsd_deploy.training.optimizer import build_optimizer
+from aicsd_deploy.training.optimizer import build_optimizer, lr_share
 from aicsd_deploy.training.precision import autocast_dtype, lowered
 from aicsd_deploy.training.step import TrainStep
 
@@ -167,6 +168,21 @@ def test_steps_without_labels_are_no_measure_of_what_explodes() -> None:
     assert skipped == [False, False, False, False, True]
 
 
+def test_a_hundred_times_the_running_mean_has_exploded() -> None:
+    guard = StepGuard(Network(0), CPU)
+
+    def skips(ce: float) -> bool:
+        guard.before()
+        values = {"loss": torch.tensor(ce), "gradient": torch.tensor(1.0), "ce": torch.tensor(ce)}
+        return bool(guard.judge(0, values, scaled=False))
+
+    assert not skips(1.0)
+    assert not skips(2.0)
+    assert guard.state_dict() == {"mean": pytest.approx(0.98 * 1 + 0.02 * 2)}
+    assert skips(102.1)
+    assert not skips(101.9)
+
+
 def test_a_gradient_beyond_float16_is_left_out_and_nothing_is_broken() -> None:
     guard = StepGuard(Network(0), CPU)
     values = {"loss": torch.tensor(1.0), "gradient": torch.tensor(torch.inf), "ce": torch.tensor(1.0)}
@@ -183,6 +199,25 @@ def test_the_backbone_learns_more_slowly_and_biases_do_not_decay() -> None:
     groups = build_optimizer(network, config, besides=nn.Module()).param_groups
     found = {id(p): (group["base_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert [found[id(p)] for p in network.parameters()] == [(0.001, 0.5), (0.001, 0.0), (0.01, 0.5), (0.01, 0.0)]
+
+
+def test_the_optimiser_is_the_one_asked_for_and_a_pretrained_backbone_learns_at_a_tenth() -> None:
+    network = nn.Module()
+    network.backbone, network.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+    for name, kind, weights, factor in (
+        ("sgd", torch.optim.SGD, Path("w.pth"), 0.1),
+        ("adamw", torch.optim.AdamW, None, 1),
+    ):
+        config = DistillConfig(lr=0.01, optimizer=name, backbone_weights=weights)
+        optimizer = build_optimizer(network, config, besides=nn.Module())
+        assert type(optimizer) is kind
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01 * factor] * 2 + [0.01] * 2)
+
+
+def test_the_learning_rate_rises_and_then_falls_as_in_the_papers() -> None:
+    shares = [lr_share(step, 10, 4) for step in (0, 1, 3, 5, 9)]
+    assert shares == pytest.approx([0.25, 0.5 * 0.9**0.9, 0.7**0.9, 0.5**0.9, 0.1**0.9])
+    assert lr_share(0, 10, 0) == 1
 
 
 def test_the_state_of_a_step_survives_a_file(batch: Batch, tmp_path: Any) -> None:

@@ -52,6 +52,17 @@ def test_borders_move_at_once() -> None:
         np.testing.assert_array_equal(smoother(labels), labels)
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_a_border_moves_at_once_by_a_twenty_second_of_the_height_and_no_further(turns: int) -> None:
+    def half(border: int) -> np.ndarray:
+        return np.rot90((np.arange(44) >= border).astype(np.uint8)[None].repeat(44, 0), turns).copy()
+
+    smoother = LabelSmoother(9)
+    smoother(half(20))
+    np.testing.assert_array_equal(smoother(half(18)), half(18))
+    np.testing.assert_array_equal(smoother(half(14)), half(16))
+
+
 def test_smoothing_begins_anew_at_a_cut() -> None:
     smoother = LabelSmoother(5)
     smoother(np.zeros((16, 16), np.uint8))
