@@ -45,9 +45,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def _temporary_beside(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}")
+        with suppress(FileNotFoundError):
+            path.lstat()  # refuses a name that is too long; the temporary one, which has more to it, is kept short
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=f".tmp{path.suffix}")
     except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}. Choose another place with -o or --out.") from error
+        why = f"{path.parent} is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise InputError(f"Cannot write {path}: {why}. Choose another place with -o or --out.") from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -83,10 +86,16 @@ def check_writable(path: Path | str) -> None:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` atomically, in UTF-8."""
+    with naming(path), atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Put the name of the file that is being written into an error that has none, such as that of a full disk."""
     try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:  # a full disk does not say for which file
+        yield
+    except OSError as error:
         error.filename = error.filename or str(path)
         raise
 
