@@ -52,9 +52,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def _temporary_beside(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}")
+        with suppress(FileNotFoundError):
+            path.lstat()  # refuses a name that is too long; the temporary one, which has more to it, is kept short
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=f".tmp{path.suffix}")
     except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}. Choose another place with -o or --out.") from error
+        why = f"{path.parent} is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise InputError(f"Cannot write {path}: {why}. Choose another place with -o or --out.") from error
     os.close(handle)
     temporary = Path(name)
     try:

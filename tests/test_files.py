@@ -35,8 +35,16 @@ def test_a_folder_in_the_way_and_a_file_for_a_folder_are_said(tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a folder"), atomic_path(tmp_path):
         pass
-    with pytest.raises(InputError, match="Cannot write"), atomic_path(tmp_path / "file" / "x.json"):
+    with pytest.raises(InputError, match=r"Cannot write .*file is a file"), atomic_path(tmp_path / "file" / "x.json"):
         pass
+
+
+def test_a_name_may_be_as_long_as_the_system_takes_it(tmp_path: Path) -> None:
+    name = f"{'ü' * 125}.json"
+    write_json(tmp_path / name, {})
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    with pytest.raises((InputError, OSError), match="too long"):
+        write_json(tmp_path / f"{name}.json", {})
 
 
 def test_an_error_leaves_no_folder_that_was_made_for_the_file(tmp_path: Path) -> None:

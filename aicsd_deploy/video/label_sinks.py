@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -11,7 +12,7 @@ import cv2
 import numpy as np
 
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import atomic_path, write_text
+from aicsd_deploy.files import atomic_path, check_writable, write_text
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sinks import Sink
@@ -42,6 +43,12 @@ class PngSink(Sink):
             raise InputError(f"Cannot write label maps into {folder}: it is not empty. Name a new folder, or empty it.")
 
     def open(self, source: Source) -> Self:
+        """Get ready; the folder is made for the first frame.
+
+        Raises:
+            InputError: it cannot be written to.
+        """
+        check_writable(self.folder / "times.txt")
         self._times: list[str] = []
         return self
 
@@ -52,7 +59,7 @@ class PngSink(Sink):
             write_text(self.folder / "classes.txt", "".join(lines))
         _, data = cv2.imencode(".png", frame.labels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
         with atomic_path(self.folder / f"frame_{frame.index:06d}.png") as path:
-            data.tofile(path)
+            path.write_bytes(data.tobytes())
         self._times.append(f"frame_{frame.index:06d}.png {frame.time_s:.6f}\n")
         return True
 
@@ -80,8 +87,10 @@ class RleSink(Sink):
         Raises:
             InputError: it cannot be written.
         """
-        self._output = atomic_path(self.path)
-        self._file: TextIO = self._output.__enter__().open("w", encoding="utf-8")
+        with ExitStack() as opened:
+            temporary = opened.enter_context(atomic_path(self.path))
+            self._file: TextIO = opened.enter_context(temporary.open("w", encoding="utf-8"))
+            self._opened = opened.pop_all()
         self._frames = 0
         return self
 
@@ -93,9 +102,8 @@ class RleSink(Sink):
         return True
 
     def close(self, error: BaseException | None) -> None:
-        self._file.close()
         unfinished = error or (None if self._frames else InputError("no frame was written"))
-        self._output.__exit__(type(unfinished) if unfinished else None, unfinished, None)
+        self._opened.__exit__(type(unfinished) if unfinished else None, unfinished, None)
 
 
 def run_lengths(labels: UInt8Array, names: Sequence[str]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class Mp4Sink(Sink):
                 ) from error
             if self._audio_of is not None:
                 self._audio = AudioCopy(self._audio_of, self._container)
+            self._container.start_encoding()  # writes the header; were a full disk met later, PyAV would crash
         except BaseException as error:
             self._container = None
             self._output.__exit__(type(error), error, None)
@@ -146,7 +147,8 @@ class Mp4Sink(Sink):
         if self._last_pts >= 0 and wanted and failure is None:
             self._output.__exit__(None, None, None)
             return
-        if self._last_pts >= 0 and (failure is None or self.path.suffix.lower() == ".mkv"):
+        playable = failure is None or (self.path.suffix.lower() == ".mkv" and self._temporary.stat().st_size > 0)
+        if self._last_pts >= 0 and playable:
             partial = self.path.with_suffix(f".partial{self.path.suffix}")
             make_readable(self._temporary)
             self._temporary.replace(partial)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from video_helpers import CLASSES, Numbered, Threshold
+from video_helpers import CLASSES, Numbered, Threshold, room_for_files
 
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import SegClass
@@ -137,6 +138,22 @@ def test_an_error_leaves_no_half_json(tmp_path: Path) -> None:
     sink.write(frames_of(np.ones((2, 3), np.uint8))[0])
     sink.close(RuntimeError("broke"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "name"), [(RleSink, "labels.jsonl"), (PngSink, "classes.txt")])
+def test_a_full_disk_is_reported_with_the_file(kind: Any, name: str, tmp_path: Path) -> None:
+    sink = kind(tmp_path / "labels.jsonl", CLASSES)
+    with room_for_files(0), pytest.raises(OSError, match=rf"too large: .*{name}"):
+        write_all(sink, frames_of(np.ones((2, 3), np.uint8)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_frame(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Cannot write"):
+        PngSink(tmp_path / "file" / "maps", CLASSES).open(Numbered(1))
+    PngSink(tmp_path / "maps", CLASSES).open(Numbered(1))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_scores_and_flicker() -> None:

@@ -89,6 +89,8 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
         ("--engine e.onnx --json in.mp4/r.json", "Cannot write"),
         ("--engine e.onnx --source in.mp4 -o out.mp4 --json ./in.mp4", "--json names the same file"),
         ("--engine e.onnx --source in.mp4 -o out.mp4 --json out.mp4", "--json names the same file"),
+        ("--engine e.onnx --source in.mp4 -o out.mp4 --json e.onnx", "--json names the same file"),
+        ("--engine e.onnx --source in.mp4 -o out.mp4 -o folder/../out.mp4", "two -o"),
         ("--engine e.onnx --opacity 1.5 -o out.mp4", "not an opacity"),
         ("--engine e.onnx --max-frames 0 -o out.mp4", "too small"),
         ("--engine e.onnx --frobnicate", "frobnicate"),

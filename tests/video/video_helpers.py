@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import pytest
 
 from aicsd_deploy.metadata import Metadata, SegClass
 from aicsd_deploy.runtime.base import Backend, UInt8Array
@@ -94,6 +96,18 @@ def read_back(path: Path) -> tuple[list[float], list[UInt8Array]]:
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         return [float(frame.pts * frame.time_base) for frame in frames], [f.to_ndarray(format="bgr24") for f in frames]
+
+
+@contextmanager
+def room_for_files(size_bytes: int) -> Iterator[None]:
+    """Let no file grow larger than this, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
