@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -27,12 +29,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+SPARE_BYTES, SPARE_BYTES_PER_FRAME, SPARE_FRAMES = 1 << 16, 128, 16
+"""Room on the disk that is left for what ends a file: buffers, the index of frames and sound, frames that x264 holds back."""
+
+
 class Mp4Sink(Sink):
     """An H.264 file that browsers play: 8-bit 4:2:0, index in front, the source's time stamps kept.
 
-    The file appears under its name when it is complete, or when the user interrupts. If the work fails midway, the
-    frames until then are kept, playable, as NAME.partial.SUFFIX; on a full disk only those of an .mkv, since the others
-    have their index at the end. Without a frame there is no file.
+    The file appears under its name when it is complete, or when the user interrupts. If the work fails midway, or the disk
+    has room left only for the end of the file, the frames until then are kept, playable, as NAME.partial.SUFFIX. Without a
+    frame there is no file.
 
     Args:
         path: where to write; the suffix (.mp4, .mkv, .mov) chooses the container.
@@ -60,6 +66,7 @@ class Mp4Sink(Sink):
             reformatter.VideoReformatter()
         )  # one for all frames: a frame's own makes threads for each frame
         self._last_pts = -1
+        self._spare_bytes, self._largest_bytes = SPARE_BYTES, 0
 
     def open(self, source: Source) -> Self:
         """Start the file.
@@ -114,6 +121,7 @@ class Mp4Sink(Sink):
 
     def write(self, frame: Frame) -> bool:
         assert self._container is not None
+        self._require_room()
         picture = av.VideoFrame.from_numpy_buffer(pad_to_even(frame.image_bgr), format="bgr24")
         picture = self._converter.reformat(
             picture,
@@ -125,10 +133,19 @@ class Mp4Sink(Sink):
         # Damaged files repeat time stamps or go back, which no container takes.
         self._last_pts = picture.pts = max(round(frame.time_s / self._time_base), self._last_pts + 1)
         picture.time_base = self._time_base
-        self._container.mux(self._stream.encode(picture))
+        packets = self._stream.encode(picture)
+        self._spare_bytes += SPARE_BYTES_PER_FRAME
+        self._largest_bytes = max([self._largest_bytes, *(packet.size for packet in packets)])
+        self._container.mux(packets)
         if self._audio is not None:
             self._audio.copy_until(frame.time_s)
         return True
+
+    def _require_room(self) -> None:
+        """Raise OSError where the disk is about to be full: a file whose index does not fit could not be played."""
+        needed = self._spare_bytes + SPARE_FRAMES * self._largest_bytes
+        if shutil.disk_usage(self._temporary.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self, error: BaseException | None) -> None:
         container, self._container = self._container, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -140,6 +141,23 @@ def test_a_full_disk_leaves_what_can_be_played(tmp_path: Path, suffix: str, room
         write(tmp_path / f"out{suffix}", Noise(100, size_hw=(96, 128)))
     assert [p.name for p in tmp_path.iterdir()] == kept
     assert all(len(read_back(tmp_path / name)[0]) > 3 for name in kept)
+
+
+def test_a_disk_that_fills_up_leaves_room_for_the_end_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 500_000
+
+    def disk_usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=room - sum(path.stat().st_size for path in folder.iterdir()))
+
+    monkeypatch.setattr("aicsd_deploy.video.video_writer.shutil.disk_usage", disk_usage)
+    with room_for_files(room), pytest.raises(OSError, match=r"No space left on device: '.*out\.mp4'"):
+        write(tmp_path / "out.mp4", Noise(1000, size_hw=(96, 128)))
+    (partial,) = tmp_path.iterdir()
+    assert partial.name == "out.partial.mp4"
+    assert partial.stat().st_size > room / 4, "it is not given up long before"
+    assert len(read_back(partial)[0]) > 3
 
 
 def test_ctrl_c_keeps_what_there_is_under_its_name(tmp_path: Path) -> None:
