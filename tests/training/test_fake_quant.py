@@ -116,6 +116,14 @@ def test_the_state_dict_and_the_statistics_stay_those_of_the_float_network() -> 
     assert network[1].weight.grad is not None, "scale and shift go on learning"
 
 
+def test_what_lies_outside_the_range_is_cut_off_and_zero_stays_zero() -> None:
+    values = torch.tensor([-3.0, 0.0, 0.5, 3.0])
+    signed = rounded_activation(values, torch.tensor([-1.0, 0.5]), symmetric=True)
+    assert signed.tolist() == pytest.approx([-1, 0, round(0.5 * 127) / 127, 1])
+    unsigned = rounded_activation(values, torch.tensor([0.25, 1.0]), symmetric=False)
+    assert unsigned.tolist() == pytest.approx([0, 0, round(0.5 * 255) / 255, 1])
+
+
 def test_a_range_is_a_running_mean_of_what_training_shows() -> None:
     network = nn.Sequential(nn.Conv2d(1, 1, 1))
     (low_high,) = imitate_int8(network, symmetric=False).values()
