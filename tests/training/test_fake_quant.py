@@ -117,11 +117,11 @@ def test_the_state_dict_and_the_statistics_stay_those_of_the_float_network() -> 
 
 
 def test_what_lies_outside_the_range_is_cut_off_and_zero_stays_zero() -> None:
-    values = torch.tensor([-3.0, 0.0, 0.5, 3.0])
+    values = torch.tensor([-3.0, 0.0, 0.25, 3.0])
     signed = rounded_activation(values, torch.tensor([-1.0, 0.5]), symmetric=True)
-    assert signed.tolist() == pytest.approx([-1, 0, round(0.5 * 127) / 127, 1])
-    unsigned = rounded_activation(values, torch.tensor([0.25, 1.0]), symmetric=False)
-    assert unsigned.tolist() == pytest.approx([0, 0, round(0.5 * 255) / 255, 1])
+    assert signed.tolist() == pytest.approx([-1, 0, round(0.25 * 127) / 127, 1])
+    unsigned = rounded_activation(values, torch.tensor([0.2, 1.0]), symmetric=False)
+    assert unsigned.tolist() == pytest.approx([0, 0, round(0.25 * 255) / 255, 1])
 
 
 def test_a_range_is_a_running_mean_of_what_training_shows() -> None:
