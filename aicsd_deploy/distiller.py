@@ -130,7 +130,8 @@ class Distiller:
             self._student_tap = FeatureTap(student, self.settings.student_layer, who="student")
             self._teacher_tap = FeatureTap(teacher, self.settings.teacher_layer, who="teacher")
             if method == "ickd":
-                channels = [tap.channels(image_size_hw, device) for tap in (self._student_tap, self._teacher_tap)]
+                with self._autocast(device):  # the teacher's weights may be in half precision already
+                    channels = [tap.channels(image_size_hw, device) for tap in (self._student_tap, self._teacher_tap)]
                 self.state.adapter = nn.Conv2d(channels[0], channels[1], 1, bias=False).to(device)
 
     def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown:
@@ -144,7 +145,7 @@ class Distiller:
         images = batch.images_BCHW.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
         with self.phase("teacher"):  # first, so that its activations are gone before the student's are kept
             target = None if self.teacher is None else self._teacher_logits(images)
-        with self.phase("student"), self._autocast(images):
+        with self.phase("student"), self._autocast(images.device):
             logits = self.student(images)
         with self.phase("losses"):
             return self._losses(logits.float(), target, batch, step=step, total_steps=total_steps)
@@ -169,12 +170,12 @@ class Distiller:
     def _teacher_logits(self, images_BCHW: Tensor) -> Tensor:
         assert self.teacher is not None
         self.teacher.eval()  # dropout and batch statistics too: somebody may have called train() on it
-        with torch.inference_mode(), self._autocast(images_BCHW):
+        with torch.inference_mode(), self._autocast(images_BCHW.device):
             logits: Tensor = self.teacher(images_BCHW)
         return _ordinary(logits)
 
-    def _autocast(self, images: Tensor) -> torch.autocast:
-        return torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     def _feature_term(self, features_BCHW: Tensor) -> dict[str, Tensor]:
         name, target = self.settings.method, _ordinary(self._teacher_tap.take())

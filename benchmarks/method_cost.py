@@ -24,6 +24,7 @@ from aicsd_deploy.console import say, table
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, cross_entropy
 from aicsd_deploy.models import build_model
+from aicsd_deploy.training.precision import autocast_dtype, lowered
 
 STUDENT, TEACHER = "deeplabv3plus_resnet18", "deeplabv3plus_resnet101"
 FEATURES = {STUDENT: 512, TEACHER: 2048}
@@ -91,17 +92,25 @@ def median(values: list[float]) -> float:
 
 def measure_step(batch: Batch, classes: int, rounds: int, device: torch.device) -> tuple[float, float]:
     """Return the milliseconds of the teacher's forward pass, and of the student's step with cross-entropy."""
-    student = build_model(STUDENT, num_classes=classes).to(device).train()
-    teacher = build_model(TEACHER, num_classes=classes).to(device).eval()
+    dtype = autocast_dtype("auto", device)  # as in a training: bfloat16 on a GPU, float32 on the CPU
+    student, teacher = (
+        build_model(name, num_classes=classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for name in (STUDENT, TEACHER)
+    )
+    lowered(teacher.eval(), dtype)
+    student.train()
+    half = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     images = torch.randn(batch.images_BCHW.shape, device=device).contiguous(memory_format=torch.channels_last)
 
     def look() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), half:
             teacher(images)
 
     def learn() -> None:
         student.zero_grad(set_to_none=True)
-        cross_entropy(student(images), batch.labels_BHW).backward()  # type: ignore[no-untyped-call]
+        with half:
+            logits = student(images)
+        cross_entropy(logits, batch.labels_BHW).backward()  # type: ignore[no-untyped-call]
 
     pairs = [(timed(look, device), timed(learn, device)) for _ in range(rounds + 1)][1:]
     return median([a for a, _ in pairs]), median([b for _, b in pairs])
@@ -122,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_json_flag(parser)
     args = parser.parse_args(argv)
     device, size = torch.device(args.device), args.image_size
+    torch.backends.cudnn.benchmark = True  # as a training does
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

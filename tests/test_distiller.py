@@ -19,6 +19,7 @@ from aicsd_deploy.errors import InputError
 from aicsd_deploy.losses.cwd import cwd_loss
 from aicsd_deploy.losses.icsd import icsd_loss
 from aicsd_deploy.losses.pixel_kd import pixel_kd_loss
+from aicsd_deploy.training.precision import lowered
 from aicsd_deploy.training.resume import check_same_run
 
 
@@ -60,6 +61,17 @@ def test_each_method_has_its_terms(method: str, terms: set[str], batch: Batch) -
     assert set(breakdown.terms) == set(breakdown.weights) == terms
     expected = sum(breakdown.terms[k].item() * breakdown.weights[k] for k in terms)
     assert breakdown.total.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["aicsd", "at", "sp", "ickd"])
+def test_a_teacher_whose_weights_are_bfloat16(method: str, batch: Batch) -> None:
+    def loss(autocast: torch.dtype | None) -> float:
+        student, teacher = Network(0).eval(), lowered(Network(1), autocast)
+        torch.manual_seed(2)  # for ickd's adapter
+        made = Distiller(student, teacher, MethodConfig(method=method), image_size_hw=(16, 16), autocast=autocast)  # type: ignore[arg-type]
+        return made(batch, step=1, total_steps=3).total.item()
+
+    assert loss(torch.bfloat16) == pytest.approx(loss(None), rel=0.05)
 
 
 @pytest.mark.parametrize(("step", "alpha"), [(0, 0.0), (1, 0.25), (4, 1.0)])

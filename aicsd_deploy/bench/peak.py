@@ -17,7 +17,7 @@ class Peak:
 
     Attributes:
         gflops: billions of operations per second of a float32 matrix product (on a GPU with TF32, as networks run there).
-        bandwidth_gbs: billions of bytes per second of a copy of 64 MB, read and written bytes both counted.
+        bandwidth_gbs: billions of bytes per second of a copy of 64 MB (on a GPU 1 GB), read and written bytes both counted.
     """
 
     gflops: float

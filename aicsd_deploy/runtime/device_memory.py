@@ -259,7 +259,7 @@ class PycudaMemory(DeviceMemory):
             self._cuda.Context.pop()
 
     def stream(self) -> Any:
-        return self._cuda.Stream()
+        return self._cuda.Stream(1)  # CU_STREAM_NON_BLOCKING: does not wait for what runs in the default stream
 
     def handle(self, stream: Any) -> int:
         return int(stream.handle)

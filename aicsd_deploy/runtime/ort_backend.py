@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,8 @@ class OrtBackend(Backend):
         return np.asarray(labels_NHW, dtype=np.uint8)
 
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
+        if self.device != "cpu":
+            return {}  # its profiler then sees how long kernels take to launch, not how long they run
         runs = profile(self._path, self._options, self._providers, self._disabled, batches_NHWC)
         return median_stages([stages(run) for run in runs])
 
@@ -128,6 +132,10 @@ def _providers(ort: Any, device: str) -> list[Any]:
         )
     if device == "cpu" or not has_cuda:
         return ["CPUExecutionProvider"]
+    if hasattr(ort, "preload_dlls"):
+        # CUDA and cuDNN from pip lie where no loader looks. What is missing it prints; `_assert_provider` says it better.
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
     return [cuda, "CPUExecutionProvider"]
 
 

@@ -58,7 +58,8 @@ class TensorRTBackend(Backend):
         with self._memory.current():
             self._runtime = trt.Runtime(logger(card.flavor))
             self._engine = _deserialize(trt, self._runtime, path, card)
-            self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+            # Last in, first out: who calls from one thread always gets the lane that is ready for his frames.
+            self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
             for _ in range(lanes):
                 self._lanes.put(_Lane(trt, self._engine, self._memory, card, graph))
         self.concurrency = lanes

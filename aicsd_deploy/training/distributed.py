@@ -25,12 +25,14 @@ T = TypeVar("T")
 def start(device: torch.device) -> torch.device:
     """Join the processes that torchrun (or a scheduler that sets its variables) started; return this one's device.
 
-    With one process nothing happens. Otherwise all but the main one fall silent, and each takes the GPU of its local rank.
+    With one process nothing else happens. Otherwise all but the main one fall silent, and each takes the GPU of its local rank.
 
     Raises:
         InputError: there are more processes on this machine than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # events, memory counters and pinned memory are those of the current GPU
         return device
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))

@@ -132,7 +132,7 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state["guard"])
         self.loss.state.load_state_dict(state["loss"])
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and state["scaler"]:  # empty where the run began on a device that needs no scaling
             self.scaler.load_state_dict(state["scaler"])
         if self.mean is not None:
             self.mean.network.load_state_dict(state["ema"])

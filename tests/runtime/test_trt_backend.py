@@ -119,6 +119,13 @@ def test_many_threads_share_an_engine(machine: SimpleNamespace, tmp_path: Path) 
     assert len(machine.trt.engine.contexts) == 3
 
 
+def test_a_single_caller_keeps_the_lane_that_is_ready(machine: SimpleNamespace, tmp_path: Path) -> None:
+    with TensorRTBackend(write_engine(tmp_path), lanes=3) as backend:
+        for seed in range(4):
+            backend.infer(frames(1, (8, 12), seed))
+    assert machine.memory.recorded == 1
+
+
 def test_a_batch_goes_in_parts_that_its_size_allows(machine: SimpleNamespace, tmp_path: Path) -> None:
     profiles = (((1, 8, 12), (1, 8, 12), (8, 8, 12)), ((1, 32, 48), (1, 32, 48), (2, 32, 48)))
     metadata = Metadata("m", CLASSES, (8, 12), dynamic=("batch", "size"))

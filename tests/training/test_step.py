@@ -237,6 +237,14 @@ def test_the_state_of_a_step_survives_a_file(batch: Batch, tmp_path: Any) -> Non
     assert takers[0].guard.state_dict() == takers[1].guard.state_dict()
 
 
+def test_a_state_without_a_scale_goes_on_in_float16(batch: Batch) -> None:
+    began, resumed = step_of(Network(0)), step_of(Network(0), precision="fp16")
+    began(batch, step=0, total=9, logs=False)
+    resumed.load_state_dict(began.state_dict())
+    resumed(batch, step=1, total=9, logs=False)
+    assert resumed.scaler.get_scale() > 1
+
+
 def test_the_running_mean_gets_its_ranges_of_int8_back(batch: Batch) -> None:
     takers = []
     for seed in (0, 5):

@@ -1,0 +1,22 @@
+"""tools/gpu_check.py: a part that fails, crashes or hangs leaves the others alone."""
+
+from __future__ import annotations
+
+import operator
+import os
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def test_each_part_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import gpu_check
+
+    assert "ZeroDivisionError" in gpu_check.alone(operator.truediv, 1, 0)["error"]
+    assert gpu_check.alone(os._exit, 3) == {"error": "the process ended with code 3"}
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 20)
+    start = time.monotonic()
+    assert gpu_check.alone(time.sleep, 600) == {"error": "not done after 20 s"}
+    assert time.monotonic() - start < 60
