@@ -130,7 +130,8 @@ class Distiller:
             self._student_tap = FeatureTap(student, self.settings.student_layer, who="student")
             self._teacher_tap = FeatureTap(teacher, self.settings.teacher_layer, who="teacher")
             if method == "ickd":
-                channels = [tap.channels(image_size_hw, device) for tap in (self._student_tap, self._teacher_tap)]
+                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                    channels = [tap.channels(image_size_hw, device) for tap in (self._student_tap, self._teacher_tap)]
                 self.state.adapter = nn.Conv2d(channels[0], channels[1], 1, bias=False).to(device)
 
     def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown:
