@@ -34,6 +34,7 @@ class FeatureTap:
         self._map: Tensor | None = None
         network.get_submodule(self.name).register_forward_hook(self._keep)
 
+    @torch.compiler.disable  # a compiled network would give a map that its logits do not come from, as autograd sees it
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._map = _last_map(output)
 

@@ -21,7 +21,7 @@ from aicsd_deploy.distiller import Distiller
 from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.export.deploy_module import Normalize
-from aicsd_deploy.files import sha256, write_json
+from aicsd_deploy.files import check_writable, sha256, write_json
 from aicsd_deploy.metadata import Metadata, provenance
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runs import newest_checkpoint
@@ -126,6 +126,8 @@ def _train(
     out = distributed.from_main(out)
     if not resume and holds_a_run(out):
         raise InputError(f"{out} already holds a run. Give --resume auto to go on with it, or another --out.")
+    if distributed.is_main():
+        check_writable(out / BEST)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""

@@ -152,6 +152,22 @@ def test_features_of_networks_of_other_strides_are_compared_at_the_backbone(batc
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapters.values())
 
 
+def test_features_of_a_teacher_whose_weights_are_in_low_precision(batch: Batch) -> None:
+    settings = MethodConfig(method="ickd")
+    teacher = lowered(Network(1), torch.bfloat16)
+    loss = Distiller(Network(0), teacher, settings, image_size_hw=(16, 16), autocast=torch.bfloat16)
+    assert torch.isfinite(loss(batch, step=0, total_steps=2).total)
+
+
+def test_gradients_at_the_features_of_a_compiled_student_are_those_of_the_plain_one(batch: Batch) -> None:
+    student = Network(0)
+    student.head[0] = nn.Identity()  # dropout would draw otherwise
+    loss = distiller(student, Network(1), "at")
+    plain = loss(batch, step=0, total_steps=2).gradient_norms()
+    student.compile(backend="aot_eager")
+    assert loss(batch, step=0, total_steps=2).gradient_norms() == pytest.approx(plain, rel=1e-4)
+
+
 def test_a_layer_is_found_by_name_and_a_wrong_name_is_said() -> None:
     loss = distiller(Network(0), Network(1), "sp", student_layer="backbone.0", teacher_layer="head.1")
     assert loss.names == ("sp",)

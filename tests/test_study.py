@@ -8,13 +8,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from helpers import NETWORK_WITH_BACKBONE, call_script, write_folder_dataset
 
 from aicsd_deploy.config import DistillConfig
+from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.study import cells as cells_module
 from aicsd_deploy.study.cells import StudyConfig
+from aicsd_deploy.study.plots import draw_strip
 from aicsd_deploy.study.results import paired_difference, summarize
 
 RECIPE = """
@@ -104,9 +108,43 @@ def test_what_a_cell_cannot_be_is_said_before_anything_runs(studied: Path) -> No
     result = study(studied, "--methods", "none,kd", "--teacher", "other.pt")
     assert result.returncode == 2
     assert re.search(r"kd-seed0 was run.*\n  teacher: was out/teacher/best\.pt \(.*, now other\.pt \(", result.stderr)
-    result = study(studied, "--seeds", "zero")
+    for seeds, wrong in (("zero", "zero"), ("2,-1", "given: -1")):
+        result = study(studied, "--seeds", seeds)
+        assert result.returncode == 2
+        assert wrong in result.stderr
+    result = study(studied, "--teacher", "none.pt", "--seeds", "2")
     assert result.returncode == 2
-    assert "zero" in result.stderr
+    assert "none.pt does not exist" in result.stderr
+    assert not list(studied.glob("out/cells/*-seed2"))
+
+
+def test_a_cell_of_an_older_version_that_did_not_know_a_setting_still_counts(studied: Path) -> None:
+    path = studied / "out/cells/none-seed0/cell.json"
+    cell = json.loads(path.read_text())
+    del cell["settings"]["teacher_confidence"]
+    path.write_text(json.dumps(cell))
+    result = study(studied, "--methods", "none", "--seeds", "0")
+    assert result.returncode == 0, result.stderr
+    result = study(studied, "--methods", "none", "--seeds", "0", "--teacher-confidence", "0.5")
+    assert result.returncode == 2
+    assert "teacher_confidence: was 0.0, now 0.5" in result.stderr
+
+
+def test_the_strip_shows_the_running_mean_of_the_weights_which_is_scored(studied: Path) -> None:
+    (studied / "mean.yaml").write_text(RECIPE + "ema: 0.5\n")
+    result = call_script(
+        "train/study.py", "--config", "mean.yaml", "--teacher", "out/teacher/best.pt", "--methods", "none", "--seeds", 0,
+        "--out", "mean", cwd=studied,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    shown = cv2.imread(str(studied / "mean/strip.png"))
+    last = studied / "mean/cells/none-seed0/last.pt"
+    content = torch.load(last, weights_only=True)
+    content["model"] = {name: torch.zeros_like(value) for name, value in content["model"].items()}
+    torch.save(content, last)
+    found = json.loads((studied / "mean/study.json").read_text())
+    data = open_dataset(f"folder:{studied / 'data'}", "val")
+    assert np.array_equal(cv2.imread(str(draw_strip(found, data, studied / "mean"))), shown)
 
 
 def test_adapters_are_saved_with_the_run_and_not_with_the_student(studied: Path) -> None:

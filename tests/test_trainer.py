@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,30 @@ def test_a_warm_up_longer_than_half_of_the_training_is_said(trained: Path, tmp_p
     assert "rises for 2 of the 3 steps" in result.stderr
     result = call_script("train/teacher.py", *arguments, "--warmup-steps", 1, cwd=trained)
     assert "rises for" not in result.stderr
+
+
+def test_a_run_folder_that_cannot_be_is_told_before_the_data_is_looked_at(trained: Path) -> None:
+    arguments = [*TINY, "--model", "tiny_network:tiny", "--out", "tiny_network.py"]
+    result = call_script("train/teacher.py", *arguments, cwd=trained)
+    assert result.returncode == 2
+    assert "Cannot write tiny_network.py/best.pt: Not a directory" in result.stderr
+    assert "images kept" not in result.stderr
+
+
+@pytest.mark.parametrize("script", ["train/teacher.py", "train/distill.py"])
+def test_resuming_needs_the_name_of_the_run(script: str, trained: Path) -> None:
+    before = set((trained / "runs").iterdir())
+    result = call_script(script, *TINY, "--resume", "auto", cwd=trained)
+    assert result.returncode == 2
+    assert "--resume auto goes on with the run in --out, and none is named" in result.stderr
+    assert set((trained / "runs").iterdir()) == before
+
+
+def test_the_command_that_is_said_to_come_next_can_be_pasted(trained: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, "--model", "tiny_network:tiny", "--epochs", 1, "--out", tmp_path / "my run"]
+    result = call_script("train/teacher.py", *arguments, cwd=trained)
+    command = shlex.split(result.stderr.splitlines()[-1])
+    assert command[-4:] == ["--data", "folder:data", "--teacher", str(tmp_path / "my run/best.pt")]
 
 
 def test_a_loss_that_is_no_number_stops_before_anything_is_spoilt(trained: Path, tmp_path: Path) -> None:

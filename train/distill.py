@@ -9,6 +9,7 @@ The run folder holds best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_json_flag(parser)
     args = parser.parse_args(argv)
+    if args.resume == "auto" and args.out is None:
+        parser.error("--resume auto goes on with the run in --out, and none is named.")
     config = read_config(DistillConfig, args)
     out = args.out or new_run_folder(f"{config.model}-{config.method}")
     summary = distill(config, out, resume=args.resume == "auto")
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(
             f"with INT8 imitated: {percent(summary['imitated_int8_miou'])} %; export/to_int8.py tells what the real one has"
         )
-    say(f"run folder: {out}\nnext: python export/to_onnx.py {out / 'best.pt'}")
+    say(f"run folder: {out}\nnext: {shlex.join(['python', 'export/to_onnx.py', str(out / 'best.pt')])}")
 
 
 if __name__ == "__main__":

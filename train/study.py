@@ -11,6 +11,7 @@ OUT holds study.json, study.md, curves.png, classes.png and strip.png.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(StudyConfig, args)
     out = args.out or new_run_folder("study")
     study = summarize(config, run_study(config, out))
-    page = to_markdown(study, " ".join(["python", "train/study.py", *sys.argv[1:]]))
+    page = to_markdown(study, shlex.join(["python", "train/study.py", *sys.argv[1:]]))
     write_json(out / "study.json", study)
     write_text(out / "study.md", page)
     pictures = [*plot_study(study, out), draw_strip(study, open_dataset(config.data, "val"), out)]

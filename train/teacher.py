@@ -7,6 +7,7 @@ The run folder holds best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_json_flag(parser)
     args = parser.parse_args(argv)
+    if args.resume == "auto" and args.out is None:
+        parser.error("--resume auto goes on with the run in --out, and none is named.")
     config = read_config(TrainConfig, args)
     out = args.out or new_run_folder(f"teacher-{config.model}")
     if args.check_data:
@@ -48,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     summary = train_teacher(config, out, resume=args.resume == "auto")
     write_result(summary, args.json)
-    say(f"run folder: {out}\nnext: python train/distill.py --data {config.data} --teacher {out / 'best.pt'}")
+    following = shlex.join(["python", "train/distill.py", "--data", config.data, "--teacher", str(out / "best.pt")])
+    say(f"run folder: {out}\nnext: {following}")
 
 
 if __name__ == "__main__":

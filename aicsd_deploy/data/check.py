@@ -126,7 +126,7 @@ def check_splits(train: SegmentationDataset, val: SegmentationDataset) -> None:
     if shared:
         raise InputError(
             f"{len(shared)} of the {len(theirs)} images of {val.spec} ({val.split}) are in {train.split} too, {shared[0]} for "
-            f"one: its score would be of images that were trained on. Take them out of {train.split}.txt or {val.split}.txt."
+            f"one: its score would be of images that were trained on. Take them out of one of the two splits."
         )
 
 

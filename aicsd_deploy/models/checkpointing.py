@@ -5,8 +5,7 @@ Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
 
@@ -39,19 +38,26 @@ def checkpoint_activations(network: nn.Module) -> int:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _statistics_left_alone(block)
+    return nullcontext(), _StatisticsLeftAlone(block)
 
 
-@contextmanager
-def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
-    """Keep batch normalisation from counting the same batch twice."""
-    layers = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    before = [(layer.momentum, cast(Tensor, layer.num_batches_tracked).clone()) for layer in layers]
-    for layer in layers:
-        layer.momentum = 0.0
-    try:
-        yield
-    finally:
-        for layer, (momentum, batches) in zip(layers, before, strict=True):
+class _StatisticsLeftAlone(AbstractContextManager[None]):
+    """Keeps batch normalisation from counting the same batch twice.
+
+    It is entered once for each backward pass: several go through a block where gradients of single terms are taken at features.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._layers = [
+            module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+        ]
+
+    def __enter__(self) -> None:
+        self._before = [(layer.momentum, cast(Tensor, layer.num_batches_tracked).clone()) for layer in self._layers]
+        for layer in self._layers:
+            layer.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for layer, (momentum, batches) in zip(self._layers, self._before, strict=True):
             layer.momentum = momentum
             cast(Tensor, layer.num_batches_tracked).copy_(batches)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, NonNegativeInt, field_validator
 
 from aicsd_deploy.config import DistillConfig, Method, TrainConfig, validated
 from aicsd_deploy.console import say
@@ -38,7 +38,7 @@ class StudyConfig(DistillConfig):
         min_length=1,
         description="methods, or names under `variants` in the file of --config",
     )
-    seeds: list[int] = Field(
+    seeds: list[NonNegativeInt] = Field(
         [0, 1, 2], min_length=1, description="seeds; each gives its weights and order to every method"
     )
     variants: dict[str, dict[str, Any]] = Field(
@@ -77,7 +77,7 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     Seeds are the outer loop, so that a study that is stopped early has whole rows of methods to compare.
 
     Raises:
-        InputError: a name is unknown, or a cell in `out` was run with other settings or another teacher.
+        InputError: a name is unknown, a teacher cannot be used, or a cell in `out` was run with other settings or another teacher.
     """
     if config.qat != "off" and config.init is None:
         raise InputError("A study with --qat needs --init STUDENT, so that every cell goes on with the same student.")
@@ -86,11 +86,15 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
         config.cell(name, 0, teacher=teacher)
     if config.teacher is None:
         teacher = _own_teacher(config, out / "teacher")
+    planned = {(n, s): config.cell(n, s, teacher=teacher) for s in config.seeds for n in config.methods}
     sha256_of = lru_cache(_sha256_of_teacher)  # most cells have the same
+    for settings in planned.values():
+        if settings.teacher is not None:
+            sha256_of(settings.teacher, settings.data, settings.class_map)  # one that cannot be used is told at once
     cells = {}
-    for done, (seed, name) in enumerate((s, n) for s in config.seeds for n in config.methods):
-        say(f"cell {done + 1}/{len(config.seeds) * len(config.methods)}: {name}, seed {seed}")
-        settings, folder = config.cell(name, seed, teacher=teacher), out / "cells" / f"{name}-seed{seed}"
+    for number, ((name, seed), settings) in enumerate(planned.items(), start=1):
+        say(f"cell {number}/{len(planned)}: {name}, seed {seed}")
+        folder = out / "cells" / f"{name}-seed{seed}"
         cells[name, seed] = _finished_cell(settings, folder, sha256_of) or _run_cell(settings, name, folder)
     return [cells[name, seed] for name in config.methods for seed in config.seeds]
 
@@ -117,8 +121,9 @@ def _finished_cell(
         return None
     cell: dict[str, Any] = json.loads((folder / CELL).read_text(encoding="utf-8"))
     ours = settings.model_dump(mode="json")
-    changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != cell["settings"].get(k)]
-    lines = [f"  {k}: was {cell['settings'].get(k)!r}, now {ours[k]!r}" for k in changed]
+    theirs = DistillConfig().model_dump(mode="json") | cell["settings"]  # what an older version did not know was so
+    changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != theirs[k]]
+    lines = [f"  {k}: was {theirs[k]!r}, now {ours[k]!r}" for k in changed]
     if settings.teacher is not None and "teacher_sha256" in cell:  # cells of an older version do not say it
         was, now = cell["teacher_sha256"], sha256_of(settings.teacher, settings.data, settings.class_map)
         if was != now:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
     backends: dict[str, Backend] = {}
     for name in chosen:
         checkpoint = load_checkpoint(out / "cells" / f"{name}-seed{study['seeds'][0]}" / LAST)
+        if checkpoint.training["ema"] is not None:  # which is what the cell's score is of
+            checkpoint = replace(checkpoint, model=checkpoint.training["ema"])
         backends["CE" if name == "none" else name] = TorchBackend(
             checkpoint.build(), checkpoint.metadata, device=device
         )

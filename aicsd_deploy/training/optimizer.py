@@ -53,7 +53,8 @@ def lr_share(step: int, total: int, warmup: int) -> float:
 class RunningMean:
     """A copy of a network whose weights follow it as an exponential moving average, and its statistics as they are.
 
-    PyTorch's AveragedModel would make a GPU wait at every step for the number of updates.
+    The decay begins small (after TensorFlow's ExponentialMovingAverage), or a mean over 1000 steps would still be full of the
+    random weights of the first after as many. PyTorch's AveragedModel would make a GPU wait at every step for the number of updates.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -61,8 +62,9 @@ class RunningMean:
         self._decay = decay
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Move the mean towards what the network is now."""
-        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - self._decay)
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move the mean towards what the network is after a step, of which `step` were done before."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)
         for mean, now in zip(self.network.buffers(), network.buffers(), strict=True):
             mean.copy_(now)

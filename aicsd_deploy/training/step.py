@@ -98,7 +98,7 @@ class TrainStep:
             self.optimizer.step()
             self.scaler.update()
             if self.mean is not None:
-                self.mean.update(self.network)
+                self.mean.update(self.network, step)
         if not logs:
             return {}
         return {

@@ -90,16 +90,13 @@ def test_auto_precision_is_float32_on_the_cpu_and_a_lowered_teacher_keeps_its_no
     assert {p.dtype for p in teacher.layers[1].parameters()} == {torch.float32}  # type: ignore[index, union-attr]
 
 
-def test_the_running_mean_follows_the_weights(batch: Batch) -> None:
+def test_the_running_mean_follows_the_weights_and_forgets_the_first_ones_fast(batch: Batch) -> None:
     network = Network(0)
-    taker = step_of(network, ema=0.75)
-    weights = [network.layers[0].weight.detach().clone()]
-    for step in range(3):
+    taker = step_of(network, ema=0.2)
+    expected = network.layers[0].weight.detach().clone()
+    for step, decay in enumerate((1 / 10, 2 / 11, 0.2, 0.2)):
         taker(batch, step=step, total=5, logs=False)
-        weights.append(network.layers[0].weight.detach().clone())
-    expected = weights[0]
-    for value in weights[1:]:
-        expected = 0.75 * expected + 0.25 * value
+        expected = decay * expected + (1 - decay) * network.layers[0].weight.detach()
     torch.testing.assert_close(taker.validated_network.layers[0].weight.data, expected)
 
 
