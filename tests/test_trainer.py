@@ -6,12 +6,14 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, call_script, log_lines
 
 from aicsd_deploy.checkpoint import load_checkpoint, save_checkpoint
 from aicsd_deploy.errors import Preempted
+from aicsd_deploy.tracking import picture_row
 from aicsd_deploy.trainer import Trainer
 
 
@@ -163,3 +165,11 @@ def test_resume_with_other_settings_is_refused_and_says_which(trained: Path) -> 
     result = call_script("train/teacher.py", *arguments, cwd=trained)
     assert result.returncode == 2
     assert "already holds a run" in result.stderr
+
+
+def test_the_pictures_of_a_row_carry_their_names() -> None:
+    black = np.zeros((50, 100, 3), np.uint8)
+    row = picture_row({"truth": black, "predicted": black}, width=200, titled=True)
+    assert row.shape == (104, 400, 3)
+    assert all(half.max() == 255 for half in (row[:, :200], row[:, 200:]))
+    assert picture_row({"truth": black}, width=200, titled=False).max() == 0
