@@ -73,6 +73,12 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     classes = listed(config.data, "val").classes
     teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
     say(f"teacher: {name} ({teacher.metadata.model})")
+    compared = classes if teacher.known_classes is None else teacher.known_classes
+    if config.method in ("icsd", "aicsd") and config.icsd_normalize == "row" and len(compared) == 2:
+        say(
+            "warning: with two classes a row of the similarity matrix has one number, which length 1 makes 1 in student and "
+            "teacher alike, so that the ICSD term is 0. Give --icsd-normalize none, and --balance 0.1 for its weight."
+        )
     return _train(config, out, role="student", method=config.method, teacher=teacher, resume=resume)
 
 

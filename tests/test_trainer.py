@@ -48,6 +48,19 @@ def test_a_run_folder_that_cannot_be_is_told_before_the_data_is_looked_at(traine
     assert "images kept" not in result.stderr
 
 
+def test_that_icsd_has_nothing_to_compare_between_two_classes_is_said(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text("red: red\ngreen: green\n")
+    arguments = [*TINY, "--student", "tiny_network:tiny", "--epochs", 1, "--log-every", 1, "--out", tmp_path / "r"]
+    teacher = ["--teacher", "runs/teacher/best.pt", "--class-map", tmp_path / "map.yaml"]
+    result = call_script("train/distill.py", *arguments, *teacher, cwd=trained)
+    assert "the ICSD term is 0" in result.stderr
+    assert all(line["terms"]["icsd"] < 1e-9 for line in log_lines(tmp_path / "r") if "terms" in line)
+    arguments[-1] = tmp_path / "raw"
+    result = call_script("train/distill.py", *arguments, *teacher, "--icsd-normalize", "none", cwd=trained)
+    assert "the ICSD term is 0" not in result.stderr
+    assert all(line["terms"]["icsd"] > 1e-9 for line in log_lines(tmp_path / "raw") if "terms" in line)
+
+
 @pytest.mark.parametrize("script", ["train/teacher.py", "train/distill.py"])
 def test_resuming_needs_the_name_of_the_run(script: str, trained: Path) -> None:
     before = set((trained / "runs").iterdir())
