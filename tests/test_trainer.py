@@ -70,6 +70,20 @@ def test_resuming_needs_the_name_of_the_run(script: str, trained: Path) -> None:
     assert set((trained / "runs").iterdir()) == before
 
 
+def test_the_result_is_not_written_over_a_network(trained: Path) -> None:
+    best = trained / "runs/student/best.pt"
+    before = best.read_bytes()
+    for script, *arguments in (
+        ("train/evaluate.py", best),
+        ("train/teacher.py", *TINY, "--out", best.parent),
+        ("train/distill.py", *TINY, "--teacher", best, "--out", "runs/other"),
+    ):
+        result = call_script(script, *arguments, "--json", best, cwd=trained)
+        assert result.returncode == 2
+        assert "--json names the same file" in result.stderr
+        assert best.read_bytes() == before
+
+
 def test_the_command_that_is_said_to_come_next_can_be_pasted(trained: Path, tmp_path: Path) -> None:
     arguments = [*TINY, "--model", "tiny_network:tiny", "--epochs", 1, "--out", tmp_path / "my run"]
     result = call_script("train/teacher.py", *arguments, cwd=trained)
