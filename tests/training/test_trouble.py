@@ -77,6 +77,16 @@ def test_out_of_memory_is_answered_with_what_fits(
     assert advice in result.stderr
 
 
+def test_a_run_that_is_stopped_while_it_looks_at_the_data_asks_to_be_started_again(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aicsd_deploy.recipes.check_dataset", lambda _data: os.kill(os.getpid(), signal.SIGTERM))
+    result = call_script("train/teacher.py", *RUN, "--out", tmp_path / "r", cwd=trained)
+    assert result.returncode == 75
+    assert "stopped by SIGTERM" in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
 def test_what_changed_since_a_run_was_saved_is_said(trained: Path) -> None:
     run = [*TINY, "--model", "tiny_network:tiny", "--epochs", 12, "--out", "runs/teacher", "--resume", "auto"]
     result = call_script("train/teacher.py", *run, "--workers", 1, "--log-every", 3, cwd=trained)
