@@ -32,9 +32,9 @@ class FeatureTap:
         self.network, self.who = network, who
         self.name = _find(network, layer, who)
         self._map: Tensor | None = None
-        network.get_submodule(self.name).register_forward_hook(self._keep)
+        # Not compiled: else the map is a second result of the whole network, from which its logits do not come.
+        network.get_submodule(self.name).register_forward_hook(torch.compiler.disable(self._keep))  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # a compiled network would give a map that its logits do not come from, as autograd sees it
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._map = _last_map(output)
 

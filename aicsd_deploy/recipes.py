@@ -73,6 +73,12 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     classes = listed(config.data, "val").classes
     teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
     say(f"teacher: {name} ({teacher.metadata.model})")
+    compared = classes if teacher.known_classes is None else teacher.known_classes
+    if config.method in ("icsd", "aicsd") and config.icsd_normalize == "row" and len(compared) == 2:
+        say(
+            "warning: with two classes a row of the similarity matrix has one number, which length 1 makes 1 in student and "
+            "teacher alike, so that the ICSD term is 0. Give --icsd-normalize none, and --balance 0.1 for its weight."
+        )
     return _train(config, out, role="student", method=config.method, teacher=teacher, resume=resume)
 
 
@@ -128,45 +134,45 @@ def _train(
         raise InputError(f"{out} already holds a run. Give --resume auto to go on with it, or another --out.")
     if distributed.is_main():
         check_writable(out / BEST)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    say(f"device: {device}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "") + processes)
-    torch.manual_seed(derived_seed("weights", config.seed))
-    # Before the data is looked at, which can take minutes: a name that is wrong is told at once.
-    classes = listed(config.data, "train").classes
-    network = build_model(config.model, num_classes=len(classes), backbone_weights=config.backbone_weights)
-    train_data, val_data = open_checked(config.data, config.cache)
-    metadata = Metadata(
-        model=config.model,
-        classes=train_data.classes,
-        image_size_hw=_image_size(config, teacher, val_data),
-        role=role,
-        method=method,
-        data=config.data,
-        provenance=provenance() | {"torch": torch.__version__},
-    )
-    if config.init is not None:
-        began = start_from(config.init, network, train_data.classes)
-        origin = {"init": str(config.init), "init_sha256": sha256(config.init)}
-        metadata = metadata.replace(mean=began.mean, std=began.std, provenance=metadata.provenance | origin)
-    if teacher is not None:
-        origin = {"teacher": teacher.name, "teacher_sha256": teacher.digest}
-        metadata = metadata.replace(provenance=metadata.provenance | origin)
-    network.to(device)
-    _try(network, metadata, config.crop_size, device)
-    autocast = autocast_dtype(config.precision, device)
-    class_map = config.class_map if isinstance(config, DistillConfig) and teacher is not None else None
-    identity = {
-        "classes": metadata.class_names,
-        "training images": len(train_data),
-        "size of the images": list(metadata.image_size_hw),
-        "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
-        "SHA-256 of the class map": None if class_map is None else sha256(class_map),
-        "SHA-256 of the weights at the start": metadata.provenance.get("init_sha256"),
-    }
-    teacher_network, teacher_miou = None, None
     with StopRequest() as stop:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+        say(f"device: {device}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "") + processes)
+        torch.manual_seed(derived_seed("weights", config.seed))
+        # Before the data is looked at, which can take minutes: a name that is wrong is told at once.
+        classes = listed(config.data, "train").classes
+        network = build_model(config.model, num_classes=len(classes), backbone_weights=config.backbone_weights)
+        train_data, val_data = open_checked(config.data, config.cache)
+        metadata = Metadata(
+            model=config.model,
+            classes=train_data.classes,
+            image_size_hw=_image_size(config, teacher, val_data),
+            role=role,
+            method=method,
+            data=config.data,
+            provenance=provenance() | {"torch": torch.__version__},
+        )
+        if config.init is not None:
+            began = start_from(config.init, network, train_data.classes)
+            origin = {"init": str(config.init), "init_sha256": sha256(config.init)}
+            metadata = metadata.replace(mean=began.mean, std=began.std, provenance=metadata.provenance | origin)
+        if teacher is not None:
+            origin = {"teacher": teacher.name, "teacher_sha256": teacher.digest}
+            metadata = metadata.replace(provenance=metadata.provenance | origin)
+        network.to(device)
+        _try(network, metadata, config.crop_size, device)
+        autocast = autocast_dtype(config.precision, device)
+        class_map = config.class_map if isinstance(config, DistillConfig) and teacher is not None else None
+        identity = {
+            "classes": metadata.class_names,
+            "training images": len(train_data),
+            "size of the images": list(metadata.image_size_hw),
+            "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
+            "SHA-256 of the class map": None if class_map is None else sha256(class_map),
+            "SHA-256 of the weights at the start": metadata.provenance.get("init_sha256"),
+        }
+        teacher_network, teacher_miou = None, None
         if teacher is not None:
             teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, config.crop_size, device)
             lowered(teacher_network, autocast)

@@ -17,7 +17,7 @@ from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.metadata import SegClass
-from aicsd_deploy.runtime.base import Backend
+from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
 from aicsd_deploy.video.overlay import Overlay
 
@@ -142,16 +142,30 @@ def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...],
 def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *, count: int = 6) -> Path:
     """Draw a page of validation images: picture, true labels, predicted labels, evenly spread over the data set."""
     overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
-    rows = []
+    rows: list[UInt8Array] = []
     for index in evenly_spread(len(dataset), count):
         image_rgb, labels = dataset.load(index)
         frame = np.ascontiguousarray(image_rgb[..., ::-1])
         predicted = segment(backend, frame)
-        row = np.hstack([frame, overlay.draw(frame.copy(), labels), overlay.draw(frame.copy(), predicted)])
-        rows.append(cv2.resize(row, (1200, round(1200 * row.shape[0] / row.shape[1])), interpolation=cv2.INTER_AREA))
+        tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
+        tiles["predicted"] = overlay.draw(frame.copy(), predicted)
+        rows.append(picture_row(tiles, width=400, titled=not rows))
     with atomic_path(path) as temporary:
         cv2.imwrite(str(temporary), np.vstack(rows))
     return path
+
+
+def picture_row(pictures: dict[str, UInt8Array], *, width: int, titled: bool) -> UInt8Array:
+    """Return pictures of one size side by side, each on `width` pixels; `titled` writes their names into them."""
+    tiles = []
+    for title, picture in pictures.items():
+        height = max(1, round(width * picture.shape[0] / picture.shape[1]))
+        tile = cv2.resize(picture, (width - 4, height), interpolation=cv2.INTER_AREA)
+        if titled:
+            cv2.putText(tile, title, (8, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (0, 0, 0), 4, cv2.LINE_AA)
+            cv2.putText(tile, title, (8, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255, 255, 255), 2, cv2.LINE_AA)
+        tiles.append(cv2.copyMakeBorder(tile, 0, 4, 0, 4, cv2.BORDER_CONSTANT))
+    return np.asarray(np.hstack(tiles), dtype=np.uint8)
 
 
 def pyplot() -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from aicsd_deploy.console import percent, progress, say
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
 from aicsd_deploy.data.transforms import Augmentation
-from aicsd_deploy.errors import AicsdError, InputError, Preempted
+from aicsd_deploy.errors import AicsdError, InputError, Preempted, first_line
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models.checkpointing import checkpoint_activations
 from aicsd_deploy.runtime.torch_backend import TorchBackend
@@ -69,7 +69,7 @@ class Trainer:
 
         Raises:
             InputError: the saved state belongs to a run with other settings; or the batch cannot be shared out.
-            AicsdError: the loss is no longer a number, the memory or the disk is full.
+            AicsdError: the loss is no longer a number, the memory or the disk is full, or a worker died.
             Preempted: the run was asked to stop, and has saved its state.
         """
         self._per_epoch = steps_per_epoch(self.train_data, self.config.batch_size)
@@ -103,6 +103,14 @@ class Trainer:
                 raise AicsdError(
                     f"{self.out} cannot be written to: {error.strerror}. Its {LAST} is whole. Make room, then go on with "
                     "--resume auto."
+                ) from error
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise AicsdError(
+                    f"A process of --workers died ({first_line(error).rstrip('. ')}). Usually memory or /dev/shm, where batches are "
+                    "handed over, is too small: use fewer --workers or a smaller --cache, or give a container more shared "
+                    "memory (docker run --shm-size 16g); then go on with --resume auto."
                 ) from error
 
     def _check_parts(self) -> None:
@@ -143,7 +151,8 @@ class Trainer:
         trace = self.out / "profile.json" if config.profile and self._main else None
         self.network.train()
         clock.restart()
-        with progress(f"training {self.metadata.model}", self._total - at.step) as advance, profiled(trace) as profile:
+        bar = progress(f"training {self.metadata.model}", self._total - at.step)
+        with closing(batches), bar as advance, profiled(trace) as profile:
             for batch in clock.waiting_for(batches):
                 logs = at.step % config.log_every == 0 or at.step == self._total - 1
                 values = self._take(batch, logs=logs)
@@ -166,7 +175,9 @@ class Trainer:
                 profile()
                 advance(note)
 
-    def _batches(self, start: int, end: int, *, workers: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+    def _batches(
+        self, start: int, end: int, *, workers: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Generator[Batch, None, None]:
         """Return the batches of steps `start` to `end - 1`; a share of each, or the whole."""
         config = self.config
         return training_batches(

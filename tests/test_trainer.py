@@ -6,12 +6,14 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, call_script, log_lines
 
 from aicsd_deploy.checkpoint import load_checkpoint, save_checkpoint
 from aicsd_deploy.errors import Preempted
+from aicsd_deploy.tracking import picture_row
 from aicsd_deploy.trainer import Trainer
 
 
@@ -46,6 +48,19 @@ def test_a_run_folder_that_cannot_be_is_told_before_the_data_is_looked_at(traine
     assert "images kept" not in result.stderr
 
 
+def test_that_icsd_has_nothing_to_compare_between_two_classes_is_said(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text("red: red\ngreen: green\n")
+    arguments = [*TINY, "--student", "tiny_network:tiny", "--epochs", 1, "--log-every", 1, "--out", tmp_path / "r"]
+    teacher = ["--teacher", "runs/teacher/best.pt", "--class-map", tmp_path / "map.yaml"]
+    result = call_script("train/distill.py", *arguments, *teacher, cwd=trained)
+    assert "the ICSD term is 0" in result.stderr
+    assert all(line["terms"]["icsd"] < 1e-9 for line in log_lines(tmp_path / "r") if "terms" in line)
+    arguments[-1] = tmp_path / "raw"
+    result = call_script("train/distill.py", *arguments, *teacher, "--icsd-normalize", "none", cwd=trained)
+    assert "the ICSD term is 0" not in result.stderr
+    assert all(line["terms"]["icsd"] > 1e-9 for line in log_lines(tmp_path / "raw") if "terms" in line)
+
+
 @pytest.mark.parametrize("script", ["train/teacher.py", "train/distill.py"])
 def test_resuming_needs_the_name_of_the_run(script: str, trained: Path) -> None:
     before = set((trained / "runs").iterdir())
@@ -53,6 +68,20 @@ def test_resuming_needs_the_name_of_the_run(script: str, trained: Path) -> None:
     assert result.returncode == 2
     assert "--resume auto goes on with the run in --out, and none is named" in result.stderr
     assert set((trained / "runs").iterdir()) == before
+
+
+def test_the_result_is_not_written_over_a_network(trained: Path) -> None:
+    best = trained / "runs/student/best.pt"
+    before = best.read_bytes()
+    for script, *arguments in (
+        ("train/evaluate.py", best),
+        ("train/teacher.py", *TINY, "--out", best.parent),
+        ("train/distill.py", *TINY, "--teacher", best, "--out", "runs/other"),
+    ):
+        result = call_script(script, *arguments, "--json", best, cwd=trained)
+        assert result.returncode == 2
+        assert "--json names the same file" in result.stderr
+        assert best.read_bytes() == before
 
 
 def test_the_command_that_is_said_to_come_next_can_be_pasted(trained: Path, tmp_path: Path) -> None:
@@ -163,3 +192,11 @@ def test_resume_with_other_settings_is_refused_and_says_which(trained: Path) -> 
     result = call_script("train/teacher.py", *arguments, cwd=trained)
     assert result.returncode == 2
     assert "already holds a run" in result.stderr
+
+
+def test_the_pictures_of_a_row_carry_their_names() -> None:
+    black = np.zeros((50, 100, 3), np.uint8)
+    row = picture_row({"truth": black, "predicted": black}, width=200, titled=True)
+    assert row.shape == (104, 400, 3)
+    assert all(half.max() == 255 for half in (row[:, :200], row[:, 200:]))
+    assert picture_row({"truth": black}, width=200, titled=False).max() == 0

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, needed_packages, run, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, keep_apart, needed_packages, run, write_result
 from aicsd_deploy.console import percent, say
 from aicsd_deploy.runs import new_run_folder
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--resume auto goes on with the run in --out, and none is named.")
     config = read_config(DistillConfig, args)
     out = args.out or new_run_folder(f"{config.model}-{config.method}")
+    keep_apart(args.json, out / "best.pt", out / "last.pt", Path(config.teacher or ""))
     summary = distill(config, out, resume=args.resume == "auto")
     write_result(summary, args.json)
     if summary["teacher"] is not None:

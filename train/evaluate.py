@@ -13,7 +13,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, needed_packages, run, size_hw, write_result
+from aicsd_deploy.cli import (
+    Parser,
+    add_json_flag,
+    add_runtime_flags,
+    keep_apart,
+    needed_packages,
+    run,
+    size_hw,
+    write_result,
+)
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.runs import newest_artifact
@@ -68,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol.add_argument("--flip", action="store_true", help="mirrored too, averaged")
     add_json_flag(parser)
     args = parser.parse_args(argv)
+    artifact = args.artifact or newest_artifact()
+    keep_apart(args.json, artifact)
     how = {"device": args.device, "threads": args.threads, "memory": args.memory}
-    with open_backend(args.artifact or newest_artifact(), **how) as backend:
+    with open_backend(artifact, **how) as backend:
         dataset = open_dataset(args.data or backend.metadata.data, args.split)
         say(f"{backend.name} on {backend.device}, {dataset.spec} ({args.split}), {len(dataset)} images")
         segmenter, extra = None, {}

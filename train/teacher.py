@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, needed_packages, run, write_result
+from aicsd_deploy.cli import Parser, add_json_flag, keep_apart, needed_packages, run, write_result
 from aicsd_deploy.console import say
 from aicsd_deploy.runs import new_run_folder
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--resume auto goes on with the run in --out, and none is named.")
     config = read_config(TrainConfig, args)
     out = args.out or new_run_folder(f"teacher-{config.model}")
+    keep_apart(args.json, out / "best.pt", out / "last.pt")
     if args.check_data:
         reports = {}
         for split in ("train", "val"):

@@ -108,8 +108,13 @@ def read_stems(path: Path) -> list[str] | None:
 
 
 def _lines(path: Path) -> list[str]:
-    # -sig: Windows' editors begin a file with a mark (BOM), which would become a part of the first line.
-    return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    try:
+        # -sig: Windows' editors begin a file with a mark (BOM), which would become a part of the first line.
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is no text in UTF-8 ({error.reason}), so names in it cannot be read. Save it as UTF-8."
+        ) from error
 
 
 def pair_up(images: Path, labels: Path, *, stems: list[str] | None = None, label_end: str = "") -> list[FilePair]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,16 +109,20 @@ def training_batches(
     workers: int,
     device: torch.device,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the batches of steps `start_step` to `total_steps - 1` on a device, or of each the share of one of several processes.
 
-    A step's batch is the same whatever step the loader starts from and however many workers and processes there are.
+    A step's batch is the same whatever step the loader starts from and however many workers and processes there are. Close the
+    generator when it is not read to its end, so that its workers end.
 
     Args:
         batch_size: images of a step, over all processes.
         workers: processes that read, scale, crop and flip; 0: this one.
         device: where the batches go, and get other colours.
         share: (rank, number of processes), a number that divides `batch_size`.
+
+    Raises:
+        InputError: a file can no longer be read.
     """
     loader: DataLoader[Any] = DataLoader(
         _Augmented(dataset, augmentation, seed),
@@ -130,9 +134,18 @@ def training_batches(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws from the global one
     )
-    for batch, color_seeds in loader:
-        uploaded = batch.to(device)
-        yield Batch(augmentation.recolor(uploaded.images_BCHW, seeds=color_seeds), uploaded.labels_BHW)
+    loaded = iter(loader)
+    try:
+        for batch, color_seeds in loaded:
+            uploaded = batch.to(device)
+            yield Batch(augmentation.recolor(uploaded.images_BCHW, seeds=color_seeds), uploaded.labels_BHW)
+    except InputError as error:  # that of a worker comes behind its traceback
+        raise InputError(str(error).rpartition("InputError: ")[2].rstrip()) from error
+    finally:
+        if workers:
+            # Left to the garbage collector, they outlive an error that refers to them; and since they ignore SIGTERM, Python
+            # would wait for them for ever when it ends.
+            loaded._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -19,7 +19,7 @@ from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
 from aicsd_deploy.runtime.torch_backend import TorchBackend
 from aicsd_deploy.teachers import open_teacher
-from aicsd_deploy.tracking import pyplot, save_figure
+from aicsd_deploy.tracking import picture_row, pyplot, save_figure
 from aicsd_deploy.training.last import LAST
 from aicsd_deploy.video.overlay import Overlay
 
@@ -56,7 +56,7 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
         frame = np.ascontiguousarray(image_rgb[..., ::-1])
         tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
         tiles |= {name: overlay.draw(frame.copy(), segment(backend, frame)) for name, backend in backends.items()}
-        rows.append(np.hstack([_tile(picture, title if not rows else "") for title, picture in tiles.items()]))
+        rows.append(picture_row(tiles, width=TILE_WIDTH, titled=not rows))
     path = out / "strip.png"
     with atomic_path(path) as temporary:
         cv2.imwrite(str(temporary), np.vstack(rows))
@@ -72,15 +72,6 @@ def _teacher_backend(
     )
     metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
     return TorchBackend(teacher.network, metadata, device=device)
-
-
-def _tile(picture: UInt8Array, title: str) -> UInt8Array:
-    height = round(TILE_WIDTH * picture.shape[0] / picture.shape[1])
-    tile = cv2.resize(picture, (TILE_WIDTH - 4, height), interpolation=cv2.INTER_AREA)
-    if title:
-        cv2.putText(tile, title, (8, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (0, 0, 0), 4, cv2.LINE_AA)
-        cv2.putText(tile, title, (8, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255, 255, 255), 2, cv2.LINE_AA)
-    return np.asarray(cv2.copyMakeBorder(tile, 0, 4, 0, 4, cv2.BORDER_CONSTANT), dtype=np.uint8)
 
 
 def _plot_curves(study: dict[str, Any], path: Path) -> Path:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 EXPLODED = 100.0
 """Cross-entropy this many times its running mean has exploded; the weighted sum grows by itself where ALW shifts the weights."""
+SMALL = 0.1
+"""A running mean below this counts as this: to a network that knows its images well, one odd batch is 100 times the others."""
 MEMORY = 0.98
 """Share of the old value in the running mean of cross-entropy."""
 
@@ -57,7 +59,7 @@ class StepGuard:
         """
         names, row = list(values), torch.stack([value.detach().float() for value in values.values()])
         loss, ce, gradient = (values[name].detach().float() for name in ("loss", "ce", "gradient"))
-        broken = ~torch.isfinite(loss) | (ce > EXPLODED * self._mean)
+        broken = ~torch.isfinite(loss) | (ce > EXPLODED * self._mean.clamp(min=SMALL))
         overflown = ~torch.isfinite(gradient)
         if not scaled:
             broken = broken | overflown

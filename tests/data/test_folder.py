@@ -338,6 +338,13 @@ def test_a_mark_at_the_start_of_a_text_file_is_no_part_of_it(folder_data: Path) 
     assert read_stems(folder_data / "val.txt") == ["002"]
 
 
+def test_a_text_file_in_another_encoding_is_refused(folder_data: Path) -> None:
+    for encoding in ("latin-1", "utf-16"):
+        (folder_data / "classes.txt").write_text("0 Straße 9 9 9\n1 Baum 0 9 0\n", encoding=encoding)
+        with pytest.raises(InputError, match=r"classes\.txt is no text in UTF-8.*Save it as UTF-8"):
+            read_classes(folder_data / "classes.txt")
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_pictures_that_their_exif_tag_turns_are_refused(suffix: str, tmp_path: Path) -> None:
     """Labels may be drawn on the stored or on the shown picture."""
