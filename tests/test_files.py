@@ -33,7 +33,7 @@ def test_a_folder_in_the_way_and_a_file_for_a_folder_are_said(tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a folder"), atomic_path(tmp_path):
         pass
-    with pytest.raises(InputError, match="Cannot write .*file is a file"), atomic_path(tmp_path / "file" / "x.json"):
+    with pytest.raises(InputError, match=r"Cannot write .*file is a file"), atomic_path(tmp_path / "file" / "x.json"):
         pass
 
 
