@@ -182,11 +182,13 @@ def write_result(result: dict[str, Any], path: Path | None) -> None:
 
 @contextmanager
 def needed_packages() -> Iterator[None]:
-    """End the process with one message where a package that is imported in this block is not installed."""
+    """End the process with one message where a package that is imported in this block is not installed, or at Ctrl-C."""
     try:
         yield
     except ModuleNotFoundError as error:
         _fail(_missing_package(error), 2)
+    except KeyboardInterrupt:  # imports take their time
+        _fail("interrupted", 130)
 
 
 def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:

@@ -189,11 +189,14 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        if not self._is_asked_for_by_name():
-            self._answer(403, b"This preview answers only under its own address.", "text/plain")
+        try:
+            parts, asked = urlsplit(self.path), urlsplit("//" + self.headers.get("Host", "")).hostname
+        except ValueError:  # a bracket that is not closed
+            self._answer(400, b"This is no address.", "text/plain")
             return
-        parts = urlsplit(self.path)
-        if parts.path == "/":
+        if not self._is_own_name(asked):
+            self._answer(403, b"This preview answers only under its own address.", "text/plain")
+        elif parts.path == "/":
             page = files("aicsd_deploy.video").joinpath("preview.html").read_bytes()
             self._answer(200, page, "text/html; charset=utf-8")
         elif parts.path == "/about.json":
@@ -202,6 +205,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer_frame(parse_qs(parts.query).get("after", ["0"])[0])
         else:
             self._answer(404, b"There is no such page.", "text/plain")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def _answer_frame(self, after: str) -> None:
         try:
@@ -216,10 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._answer(200, parcel.body, "application/octet-stream", head=parcel.head)
 
-    def _is_asked_for_by_name(self) -> bool:
+    def _is_own_name(self, asked: str | None) -> bool:
         """Refuse, on loopback, a web site that has its own name point here to read the pictures."""
         bound = str(self.server.server_address[0])
-        asked = (urlsplit("//" + self.headers.get("Host", "")).hostname or "").lower()
         return bound not in _LOOPBACK or asked in _LOOPBACK
 
     def _answer(self, status: int, body: bytes, kind: str, *, head: str = "") -> None:
@@ -231,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
         if head:
             self.send_header("X-Frame", head)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: one line per frame and page would bury the rest."""

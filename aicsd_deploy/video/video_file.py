@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 """For `av.open`: titles that are no UTF-8 are no reason to refuse a file, which PyAV knows by itself from 19 on."""
 AVFMT_TS_DISCONT = 0x0200  # of FFmpeg's libavformat/avformat.h
+SERVER_TIMEOUT_S = 10.0
+"""A server that is silent for so long is taken to be gone."""
 MOST_PIXELS_ALONE = 1920 * 1088
 """Up to this size one thread decodes fast enough. Of several, each holds a picture, and damage at the end costs them all."""
 
@@ -38,7 +40,7 @@ class FileSource(Source):
     """Every frame of a video file, in order, at its time stamp, turned upright.
 
     A frame that is damaged beyond decoding is skipped and counted. Frames of another size than the first are fitted to
-    the first one's.
+    the first one's. An address whose server is gone before the end is `lost`.
 
     Raises:
         InputError: it is no video, or not one of its frames can be decoded.
@@ -46,7 +48,7 @@ class FileSource(Source):
 
     def __init__(self, path: Path | str, *, name: str | None = None) -> None:
         """Open a file, or an address of something that has an end; `name` is what to call it."""
-        self.name = name or str(path)
+        self.name, self._is_address = name or str(path), name is not None
         try:
             self._container = open_container(path)
         except av.error.FFmpegError as error:
@@ -107,8 +109,17 @@ class FileSource(Source):
         while True:
             try:
                 packet = next(packets, None)
-            except (av.error.FFmpegError, IndexError):  # damaged from here on; PyAV: streams that appear on the way
+            except (
+                av.error.InvalidDataError,
+                IndexError,
+            ):  # damaged from here on; PyAV: streams that appear on the way
                 self.skipped += 1
+                packet = None
+            except av.error.FFmpegError:
+                if self._is_address:
+                    self.lost = True
+                else:
+                    self.skipped += 1
                 packet = None
             try:
                 decoded = self._stream.decode(packet)
@@ -155,9 +166,11 @@ def open_container(path: Path | str) -> InputContainer:
     Raises:
         av.error.FFmpegError: it cannot be opened.
     """
-    name = os.path.abspath(path) if os.path.isfile(path) else str(path)  # a colon in a name is no protocol
+    is_file = os.path.isfile(path)
+    name = os.path.abspath(path) if is_file else str(path)  # a colon in a name is no protocol
     options = {"pattern_type": "none"} if "%" in name else {}  # nor is img%03d.png a series
-    container: InputContainer = av.open(name, options=options, **ANY_METADATA)
+    timeout = None if is_file else SERVER_TIMEOUT_S
+    container: InputContainer = av.open(name, options=options, timeout=timeout, **ANY_METADATA)
     return container
 
 

@@ -253,8 +253,11 @@ def test_passwords_are_not_printed() -> None:
 
 @pytest.fixture
 def web_server(tmp_path: Path) -> Iterator[str]:
-    """A web server with clip.mp4, and with /live, which breaks off after a few motion JPEG frames."""
+    """A web server with clip.mp4, with /closed and /silent, which break off in a clip, and with /live, which does so in motion JPEG."""
     encode(tmp_path / "clip.mp4", grey_frames(10))
+    noise = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)
+    clip = encode(tmp_path / "clip.mkv", list(noise)).read_bytes()
+    ended = threading.Event()
     jpeg = encode(tmp_path / "one.mjpeg", grey_frames(1), codec="mjpeg", pix_fmt="yuvj420p").read_bytes()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -262,6 +265,13 @@ def web_server(tmp_path: Path) -> Iterator[str]:
             super().__init__(*args, directory=str(tmp_path))  # type: ignore[arg-type]
 
         def do_GET(self) -> None:
+            if self.path in ("/closed", "/silent"):
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(clip)))
+                self.end_headers()
+                self.wfile.write(clip[: len(clip) // 2])
+                ended.wait(30 if self.path == "/silent" else 0)
+                return None
             if self.path != "/live":
                 return super().do_GET()
             self.send_response(200)
@@ -284,6 +294,7 @@ def web_server(tmp_path: Path) -> Iterator[str]:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
+        ended.set()
         server.shutdown()
         thread.join()
 
@@ -292,6 +303,19 @@ def test_a_file_on_a_web_server_is_read_like_a_file(web_server: str) -> None:
     with open_source(f"{web_server}/clip.mp4") as source:
         assert not source.live
         assert [f.index for f in source] == list(range(10))
+        assert not source.lost
+
+
+@pytest.mark.parametrize("path", ["closed", "silent"])
+def test_a_file_on_a_web_server_that_is_gone_is_lost(
+    path: str, web_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aicsd_deploy.video.video_file.SERVER_TIMEOUT_S", 0.5)
+    with open_source(f"{web_server}/{path}") as source:
+        frames = within(20, lambda: list(source))
+        assert not source.live
+        assert (source.lost, source.skipped) == (True, 0)
+    assert 10 < len(frames) < 100
 
 
 def test_a_live_http_stream_is_reconnected_when_it_breaks_off(web_server: str) -> None:

@@ -27,10 +27,10 @@ from aicsd_deploy.video.sources import Frame
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 
 
-def ask(sink: PreviewSink, path: str, **headers: str) -> tuple[int, Any, bytes]:
+def ask(sink: PreviewSink, path: str, *, method: str = "GET", **headers: str) -> tuple[int, Any, bytes]:
     host, port = sink.url.removeprefix("http://").rstrip("/").rsplit(":", 1)
     connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=20)
-    connection.request("GET", path, headers=headers)
+    connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     body = answer.read()
     connection.close()
@@ -114,6 +114,18 @@ def test_the_page_and_what_it_has_to_know(sink: PreviewSink) -> None:
     assert (about["source"], about["size_hw"]) == ("numbered", [24, 32])
     assert ask(sink, "/etc/passwd")[0] == 404
     assert ask(sink, "/frame?after=x")[0] == 400
+
+
+def test_a_question_for_the_head_alone_is_answered_without_a_body(sink: PreviewSink) -> None:
+    length = len(ask(sink, "/")[2])
+    status, headers, body = ask(sink, "/", method="HEAD")
+    assert (status, headers["Content-Length"], body) == (200, str(length), b"")
+    assert ask(sink, "/nothing", method="HEAD")[0] == 404
+
+
+@pytest.mark.parametrize(("path", "host"), [("http://[::1", "localhost"), ("/", "[::1")])
+def test_an_address_that_is_none_is_answered_too(path: str, host: str, sink: PreviewSink) -> None:
+    assert ask(sink, path, Host=host)[0] == 400
 
 
 def test_other_web_sites_cannot_ask_through_a_name_of_their_own(sink: PreviewSink) -> None:

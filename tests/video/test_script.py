@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from video_helpers import CLASSES, encode, grey_frames, read_back
 
+from aicsd_deploy.cli import needed_packages
+
 ROOT = Path(__file__).parents[2]
 RUN_WITH_FAKE_NETWORK = """
 import runpy, sys
@@ -117,6 +119,12 @@ def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
     flags = "--engine e.onnx --source in.mp4 -o ./in.mp4"
     check_refused(tmp_path, run_script(tmp_path, flags, fake_network=True), "is the input itself")
     assert (tmp_path / "in.mp4").read_bytes() == before
+
+
+def test_ctrl_c_while_packages_are_loaded_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="130"), needed_packages():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def check_refused(folder: Path, done: subprocess.CompletedProcess[str], says: str) -> None:
