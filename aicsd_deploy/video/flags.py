@@ -96,6 +96,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         parser.error("--audio needs a video to copy the sound into: -o OUT.mp4")
     if args.audio and (args.source is None or args.source == "synthetic"):
         parser.error("--audio needs a file with sound: --source FILE")
+    if args.audio and args.loop:
+        parser.error("--audio copies the sound once: leave out --audio or --loop")
     if len({path.resolve() for path in args.output or ()}) < len(args.output or ()):
         parser.error("two -o name the same file")
     keep_apart(args.json, *(args.output or ()), Path(args.source or ""), args.engine or Path())

@@ -94,6 +94,8 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
         ("--engine e.onnx --source in.mp4 -o out.mp4 --json out.mp4", "--json names the same file"),
         ("--engine e.onnx --source in.mp4 -o out.mp4 --json e.onnx", "--json names the same file"),
         ("--engine e.onnx --source in.mp4 -o out.mp4 -o folder/../out.mp4", "two -o"),
+        ("--engine e.onnx --source -in.mp4 -o out.mp4", "FLAG=VALUE"),
+        ("--engine e.onnx --source in.mp4 --loop --audio -o out.mp4", "leave out --audio or --loop"),
         ("--engine e.onnx --opacity 1.5 -o out.mp4", "not an opacity"),
         ("--engine e.onnx --max-frames 0 -o out.mp4", "too small"),
         ("--engine e.onnx --frobnicate", "frobnicate"),
