@@ -44,6 +44,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; write FLAG=VALUE for a value that begins with a dash"
         say(f"error: {message}\nSee {self.prog} --help for every flag.")
         raise SystemExit(2)
 

@@ -61,7 +61,7 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     )
     add("--opacity", type=opacity, default=0.55, help="0 shows only the frame, 1 only the class colours")
     add("--contour", action="store_true", help="draw only the borders of the classes")
-    add("--classes", metavar="A,B", type=lambda text: text.split(","), help="show only these classes (default: all)")
+    add("--classes", metavar="A,B", type=class_names, help="show only these classes (default: all)")
     add("--no-hud", action="store_true", help="draw neither the figures nor the legend")
     add(
         "--smooth",
@@ -96,6 +96,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         parser.error("--audio needs a video to copy the sound into: -o OUT.mp4")
     if args.audio and (args.source is None or args.source == "synthetic"):
         parser.error("--audio needs a file with sound: --source FILE")
+    if args.audio and args.loop:
+        parser.error("--audio copies the sound once: leave out --audio or --loop")
     if len({path.resolve() for path in args.output or ()}) < len(args.output or ()):
         parser.error("two -o name the same file")
     keep_apart(args.json, *(args.output or ()), Path(args.source or ""), args.engine or Path())
@@ -184,6 +186,11 @@ def opacity(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an opacity; give a number from 0 to 1")
     return value
+
+
+def class_names(text: str) -> list[str]:
+    """Read names with commas between them."""
+    return [name.strip() for name in text.split(",")]
 
 
 def frames_to_last(text: str) -> int:

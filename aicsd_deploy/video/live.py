@@ -132,6 +132,7 @@ class CameraConnection(Connection):
     """A camera by its index, through OpenCV."""
 
     def __init__(self, index: int) -> None:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warns of is said below
         self._camera = cv2.VideoCapture(index)
         if not self._camera.isOpened():
             self._camera.release()

@@ -89,6 +89,10 @@ def true_labels(spec: str, split: str, classes: tuple[SegClass, ...]) -> tuple[C
     """
     if Path(spec).is_dir():
         return _masks_in(Path(spec), len(classes))
+    if ":" not in spec and spec != "synthetic":
+        raise InputError(
+            f"There is no folder {spec} for --labels. Give a folder of label maps, or a data set: camvid:PATH, folder:PATH."
+        )
     from aicsd_deploy.data.spec import open_dataset
     from aicsd_deploy.evaluate import check_same_classes
 

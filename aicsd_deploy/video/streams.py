@@ -107,10 +107,16 @@ class GStreamerConnection(StreamConnection):
             "! queue leaky=downstream max-size-buffers=1 ! videoconvert ! videoscale ! "
             "video/x-raw,format=YUY2,width=[2,65534,2] ! matroskamux streamable=true ! fdsink fd=1 sync=false"
         )
+        try:
+            words = shlex.split(f"{elements} {tail}")
+        except ValueError as error:
+            raise InputError(
+                f"The GStreamer pipeline {pipeline} cannot be read: {first_line(error)}. Write it as for gst-launch-1.0."
+            ) from error
         self._from_network = NETWORK_SOURCE.search(pipeline) is not None
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the connection
         self._process = subprocess.Popen(
-            ["gst-launch-1.0", "-q", *shlex.split(f"{elements} {tail}")],
+            ["gst-launch-1.0", "-q", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._said,

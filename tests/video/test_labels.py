@@ -243,6 +243,8 @@ def test_labels_come_from_a_data_set_with_the_same_classes(folder_data: Path) ->
         true_labels(f"folder:{folder_data}", "val", CLASSES)
     with pytest.raises(InputError, match="holds no label maps"):
         true_labels(str(folder_data), "val", CLASSES)
+    with pytest.raises(InputError, match=r"no folder .*missing"):
+        true_labels(str(folder_data / "missing"), "val", CLASSES)
 
 
 def test_only_some_classes_are_shown() -> None:

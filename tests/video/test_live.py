@@ -380,6 +380,8 @@ def test_a_gstreamer_pipeline_that_falls_silent_is_lost() -> None:
 def test_a_gstreamer_pipeline_that_is_wrong_is_an_input_error() -> None:
     with pytest.raises(InputError, match="nosuchsrc"):
         open_source("nosuchsrc ! videoconvert")
+    with pytest.raises(InputError, match="No closing quotation"):
+        open_source("videotestsrc pattern='ball ! videoconvert")
 
 
 def test_a_gstreamer_pipeline_without_gstreamer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from video_helpers import CLASSES, Numbered, Threshold
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
-from aicsd_deploy.video.preview import MAX_WIDTH, PreviewSink
+from aicsd_deploy.video.preview import MAX_WIDTH, PreviewSink, _Handler
 from aicsd_deploy.video.sources import Frame
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
@@ -253,3 +253,28 @@ def test_a_page_in_chromium(browser: Browser, sink: PreviewSink) -> None:
     until(lambda: "140 at 5.6 s" in browser.run("return document.getElementById('figures').textContent"))
     of_the_page = [c for c in browser.complaints() if "will-read-frequently" not in c["message"]]  # that is this test
     assert of_the_page == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [None, b"cut off"])
+def test_a_page_asks_no_more_once_something_else_answers(
+    body: bytes | None, browser: Browser, sink: PreviewSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answer_frame(handler: _Handler, after: str) -> None:
+        asked.append(after)
+        if body is None:
+            handler.send_error(404)
+        else:
+            handler.send_response(200)
+            handler.send_header("X-Frame", '{"picture_bytes": 3}')
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.wfile.write(body)
+            handler.close_connection = True
+
+    monkeypatch.setattr(_Handler, "_answer_frame", answer_frame)
+    browser.open(sink.url)
+    until(lambda: browser.run("return document.getElementById('state').textContent") == "the program has ended")
+    assert len(asked) == 1

@@ -13,6 +13,7 @@ import pytest
 from video_helpers import CLASSES, encode, grey_frames, read_back
 
 from aicsd_deploy.cli import needed_packages
+from aicsd_deploy.video.flags import parse
 
 ROOT = Path(__file__).parents[2]
 RUN_WITH_FAKE_NETWORK = """
@@ -93,6 +94,8 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
         ("--engine e.onnx --source in.mp4 -o out.mp4 --json out.mp4", "--json names the same file"),
         ("--engine e.onnx --source in.mp4 -o out.mp4 --json e.onnx", "--json names the same file"),
         ("--engine e.onnx --source in.mp4 -o out.mp4 -o folder/../out.mp4", "two -o"),
+        ("--engine e.onnx --source -in.mp4 -o out.mp4", "FLAG=VALUE"),
+        ("--engine e.onnx --source in.mp4 --loop --audio -o out.mp4", "leave out --audio or --loop"),
         ("--engine e.onnx --opacity 1.5 -o out.mp4", "not an opacity"),
         ("--engine e.onnx --max-frames 0 -o out.mp4", "too small"),
         ("--engine e.onnx --frobnicate", "frobnicate"),
@@ -111,6 +114,16 @@ def test_a_bad_source_gives_one_message_and_no_file(tmp_path: Path, source: str)
     (tmp_path / "folder").mkdir()
     flags = f"--engine e.onnx --source {source} -o out.mp4"
     check_refused(tmp_path, run_script(tmp_path, flags, fake_network=True), source)
+
+
+def test_a_missing_camera_gives_one_line(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "--engine e.onnx --source 97 -o out.mp4", fake_network=True)
+    check_refused(tmp_path, done, "Camera 97 cannot be opened")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_names_of_classes_may_have_spaces_around_them() -> None:
+    assert parse(None, ["--classes", "road, lane marking"]).classes == ["road", "lane marking"]
 
 
 def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
