@@ -70,7 +70,7 @@ class Scorer(Sink):
         return True
 
     def result(self) -> dict[str, Any]:
-        """Return miou, per_class_iou, pixel_accuracy, mean_class_accuracy, images, and flicker_rate (None for one frame)."""
+        """Return miou, per_class_iou, pixel_accuracy, mean_class_accuracy, images, label_pixels, and flicker_rate (None for one frame)."""
         scores = self._matrix.scores(self._names).to_dict()
         return scores | {"flicker_rate": self._flickered / self._steady if self._steady else None}
 

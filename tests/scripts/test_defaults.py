@@ -56,7 +56,7 @@ def test_evaluate_writes_the_contract_and_agrees_with_training(trained: Path) ->
     result = call_script("train/evaluate.py", "runs/student/best.pt", "--json", "-", cwd=trained)
     assert result.returncode == 0, result.stderr
     scores = json.loads(result.stdout)
-    assert set(scores) == {"miou", "per_class_iou", "pixel_accuracy", "mean_class_accuracy", "images"}
+    assert set(scores) == {"miou", "per_class_iou", "pixel_accuracy", "mean_class_accuracy", "images", "label_pixels"}
     summary = json.loads((trained / "runs/student/summary.json").read_text())
     assert {k: summary[k] for k in scores} == scores
 
