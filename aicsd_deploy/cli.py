@@ -196,9 +196,8 @@ def needed_packages() -> Iterator[None]:
 def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a command and end the process: 0 done, 2 bad input, 3 verification failed, 75 saved and to be started
     again, 130 interrupted, 143 terminated, 1 a fault of ours."""
-    if (
-        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    ):  # which would end the process here and now, files half written
+    # SIGTERM would end the process here and now, files half written.
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         command(None)

@@ -52,9 +52,8 @@ def rounded_weight(weight: Tensor) -> Tensor:
     """Return a convolution's weight (out, in, h, w) as INT8 shows it: symmetric, one scale per output channel."""
     highest = weight.detach().abs().amax(dim=(1, 2, 3)).float()
     scale = (highest / 127).clamp(min=_SMALLEST_SCALE)
-    zero = torch.zeros_like(
-        scale
-    )  # of floats: PyTorch looks at the values of whole ones, for which a GPU is waited for
+    # Zero points of floats: PyTorch looks at the values of whole ones, for which a GPU is waited for.
+    zero = torch.zeros_like(scale)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
 
 

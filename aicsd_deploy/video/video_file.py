@@ -109,17 +109,11 @@ class FileSource(Source):
         while True:
             try:
                 packet = next(packets, None)
-            except (
-                av.error.InvalidDataError,
-                IndexError,
-            ):  # damaged from here on; PyAV: streams that appear on the way
-                self.skipped += 1
-                packet = None
-            except av.error.FFmpegError:
-                if self._is_address:
-                    self.lost = True
-                else:
-                    self.skipped += 1
+            except (av.error.FFmpegError, IndexError) as error:
+                # Damaged from here on, which for PyAV are streams that appear on the way too; or the server is gone.
+                damaged = isinstance(error, av.error.InvalidDataError | IndexError)
+                self.lost = self._is_address and not damaged
+                self.skipped += not self.lost
                 packet = None
             try:
                 decoded = self._stream.decode(packet)
