@@ -86,7 +86,8 @@ def test_aicsd_is_equation_6(step: int, alpha: float, batch: Batch) -> None:
     kd = pixel_kd_loss(s, t, temperature=2.0, valid=valid)
     expected = alpha * (cross_entropy(s, batch.labels_BHW) + 7 * ics) + (1 - alpha) * 3 * kd
     assert breakdown.alpha == alpha
-    torch.testing.assert_close(breakdown.total, expected)
+    # Logits as flat as these leave float32 four digits of ICSD.
+    torch.testing.assert_close(breakdown.total, expected, rtol=1e-4, atol=0)
 
 
 def test_the_teacher_stays_in_eval_mode_and_without_gradient(batch: Batch) -> None:
