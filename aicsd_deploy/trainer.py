@@ -25,7 +25,7 @@ from aicsd_deploy.runtime.torch_backend import TorchBackend
 from aicsd_deploy.tracking import RunLog
 from aicsd_deploy.training import distributed
 from aicsd_deploy.training.last import BEST, LAST, LastCheckpoints
-from aicsd_deploy.training.precision import autocast_dtype
+from aicsd_deploy.training.precision import autocast_dtype, avoid_wrong_gradients
 from aicsd_deploy.training.resume import check_same_run
 from aicsd_deploy.training.step import Loss, TrainStep
 from aicsd_deploy.training.stopping import StopRequest
@@ -129,6 +129,7 @@ class Trainer:
         if config.sync_bn:
             distributed.sync_batch_norm(self.network, device)
         autocast = autocast_dtype(config.precision, device)
+        avoid_wrong_gradients(self.network, autocast, device)
         self._step = TrainStep(self.network, self.loss, config, device, autocast=autocast)
         self._last = LastCheckpoints(self.out, keep=config.keep)
         self._resume()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, call_script, log_lines
+from helpers import TINY, call_script, log_lines, run_script, write_folder_dataset
 
 from aicsd_deploy.checkpoint import load_checkpoint, save_checkpoint
 from aicsd_deploy.errors import Preempted
@@ -200,3 +200,13 @@ def test_the_pictures_of_a_row_carry_their_names() -> None:
     assert row.shape == (104, 400, 3)
     assert all(half.max() == 255 for half in (row[:, :200], row[:, 200:]))
     assert picture_row({"truth": black}, width=200, titled=False).max() == 0
+
+
+def test_memory_that_nobody_wrote_does_not_get_into_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder_dataset(tmp_path / "data", size_hw=(96, 480))  # large enough for the kernel that reads it
+    monkeypatch.setenv("MALLOC_PERTURB_", "128")  # what malloc gives out is full of 3.4e38
+    arguments = [*TINY, "--model", "lraspp_mobilenetv2", "--precision", "bf16", "--epochs", 1, "--out", "r"]
+    result = run_script("train/teacher.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aicsd_deploy.config import Precision
 
@@ -32,3 +34,21 @@ def lowered(network: nn.Module, dtype: torch.dtype | None) -> nn.Module:
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 module.to(dtype)
     return network
+
+
+def avoid_wrong_gradients(network: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Let grouped convolutions with dilation train in float32 where a CPU would do so in bfloat16.
+
+    Seen with PyTorch 2.11 and 2.15 on CPUs with AVX-512: in channels_last, where the output is wider than 28, oneDNN's
+    bfloat16 gradient of such weights depends on memory that nobody wrote. In float32 these layers are no slower.
+    """
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.dilation) > 1:
+            module.forward = MethodType(_in_float32, module)  # type: ignore[method-assign]
+
+
+def _in_float32(convolution: nn.Conv2d, features_BCHW: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return type(convolution).forward(convolution, features_BCHW.float())
