@@ -115,7 +115,7 @@ def process_video(
         overlay: draws on each frame, if the sink wants that.
         fit: how frames get to the network's size; see `Segmenter`.
         smooth: frames that a new label must last for before it is shown; see `LabelSmoother`.
-        max_frames: stop after so many frames.
+        max_frames: stop when so many have been given to the sink; what a live source drops does not count.
         depth: frames that may wait between two stages of a file; between those of a live source it is one.
 
     Raises:
@@ -149,7 +149,8 @@ def process_video(
         lanes = [[Lane(stop, 1 if source.live else depth, newest=source.live) for _ in segmenters] for _ in range(2)]
         to_infer, to_render = (Fan(each) for each in lanes)
         to_encode = Lane(stop, 1 if source.live else depth, newest=source.live)
-        decoded = watch.timed_each("decode", islice(source, max_frames))
+        # Of a file each frame is shown, so that none need be decoded after the last.
+        decoded = watch.timed_each("decode", source if source.live else islice(source, max_frames))
         threads = [
             _stage_thread(stop, "decode", decoded, lambda frame: frame, to_infer),
             *(
@@ -163,7 +164,7 @@ def process_video(
         try:
             for thread in threads:
                 thread.start()
-            frames_out = _drain(to_encode, sink, watch, stop, source, _expected(source, max_frames))
+            frames_out = _drain(to_encode, sink, watch, stop, source, max_frames)
         finally:
             stop.set()
             for thread in threads:
@@ -182,7 +183,7 @@ def process_video(
         seconds,
         {stage: watch.recent_ms(stage) for stage in STAGES},
         watch.recent_ms("age"),
-        _how_it_ended(source, stop, reached_max=frames_in == max_frames),
+        _how_it_ended(source, stop, reached_max=frames_out == max_frames),
         source.reconnects,
         segmenters[0].describe(source.size_hw),
     )
@@ -193,9 +194,9 @@ def _how_it_ended(
 ) -> Literal["end", "lost", "max_frames", "interrupted"]:
     if stop.interrupted:
         return "interrupted"
-    if source.lost:
-        return "lost"
-    return "max_frames" if reached_max else "end"
+    if reached_max:
+        return "max_frames"
+    return "lost" if source.lost else "end"
 
 
 def _stage_thread(
@@ -230,7 +231,8 @@ def _fresh(lane: Lane, fps: Fraction) -> Iterator[Frame]:
             yield frame
 
 
-def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source, expected: int | None) -> int:
+def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source, max_frames: int | None) -> int:
+    expected = min((n for n in (source.frame_count, max_frames) if n is not None), default=None)
     written, start_s, write = 0, 0.0, watch.timed("encode", sink.write)
     with progress("Segmenting", expected) as advance:
         for frame in lane:
@@ -244,11 +246,9 @@ def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source,
             advance()
             if not wants_more:
                 stop.interrupt()
+            if written == max_frames:
+                break
     return written
-
-
-def _expected(source: Source, max_frames: int | None) -> int | None:
-    return min((n for n in (source.frame_count, max_frames) if n is not None), default=None)
 
 
 def _quantiles(values: npt.NDArray[np.float64]) -> dict[str, float]:

@@ -126,6 +126,24 @@ def test_max_frames_ends_it() -> None:
     assert result.ended == "max_frames"
 
 
+def test_max_frames_of_a_live_source_are_those_that_are_shown() -> None:
+    class Comes(Numbered):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for frame in super().__iter__():
+                time.sleep(0.002)
+                yield frame
+
+    class Slow(Collect):
+        def write(self, frame: Frame) -> bool:
+            time.sleep(0.02)
+            return super().write(frame)
+
+    sink = Slow()
+    result = process(Comes(5000, live=True), Threshold(), sink, max_frames=7)
+    assert (len(sink.frames), result.frames_out, result.ended) == (7, 7, "max_frames")
+    assert 7 < result.frames_in < 5000
+
+
 def test_a_slow_sink_makes_a_file_wait() -> None:
     class Slow(Collect):
         def write(self, frame: Frame) -> bool:

@@ -54,6 +54,17 @@ def test_it_segments_a_file_and_says_what_it_did(tmp_path: Path) -> None:
     assert done.stderr.rstrip().endswith("out.mp4")
 
 
+def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    encode(tmp_path / "in.MP4", grey_frames(3))
+    names = ["OUT.MP4", "OUT.Mkv", "OUT.MOV", "OUT.JSONL"]
+    flags = f"--engine e.onnx --source in.MP4 -o {' -o '.join(names)}"
+    done = run_script(tmp_path, flags, fake_network=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"in.MP4", *names}
+    assert [len(read_back(tmp_path / name)[0]) for name in names[:3]] == [3, 3, 3]
+    assert len((tmp_path / "OUT.JSONL").read_text().splitlines()) == 3
+
+
 def test_opacity_reaches_the_picture(tmp_path: Path) -> None:
     encode(tmp_path / "in.mp4", grey_frames(2, (240, 320)))
     flags = "--engine e.onnx --source in.mp4 -o out.mp4 --opacity 1"
