@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+PIPELINE = re.compile(r"\s!\s|^\s*[a-z]\w*(\s[^!]*)?!\s*([a-z][\w-]*(\s|!|$)|(video|image|application)/)", re.I)
+"""A GStreamer pipeline: a ! with spaces around it, or one between what can be two elements, or an element and its caps."""
 CLOCK = Fraction(1, 90_000)
 """The time base of sources that have none of their own."""
 
@@ -191,7 +193,7 @@ def open_source(
 
     Args:
         spec: `synthetic`; a camera's number or device; a network address (rtsp://, http://, udp://, …); a GStreamer pipeline, with
-            ` ! ` between its elements; a folder of pictures; or a video file. None is the first camera, and the built-in
+            `!` between its elements; a folder of pictures; or a video file. None is the first camera, and the built-in
             scene where there is none.
         synthetic_hw: height and width to draw the built-in scene in.
         endless: the built-in scene goes on until it is stopped.
@@ -214,10 +216,11 @@ def open_source(
         from aicsd_deploy.video.live import open_camera
 
         return open_camera(int(number))
-    if (" ! " in spec or "://" in spec) and not os.path.isfile(spec):  # Path.is_file raises where a pipeline is long
+    is_pipeline = PIPELINE.search(spec) is not None
+    if (is_pipeline or "://" in spec) and not os.path.exists(spec):  # Path.exists raises where a pipeline is long
         from aicsd_deploy.video.streams import open_gstreamer, open_stream  # here, so that a camera needs no PyAV
 
-        return open_gstreamer(spec) if " ! " in spec else open_stream(spec)
+        return open_gstreamer(spec) if is_pipeline else open_stream(spec)
     if Path(spec).is_dir():
         return FolderSource(spec)
     from aicsd_deploy.video.video_file import FileSource

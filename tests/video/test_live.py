@@ -340,7 +340,7 @@ has_gstreamer = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reaso
 
 
 @has_gstreamer
-@pytest.mark.parametrize("sink", ["", " ! appsink drop=true max-buffers=1"])
+@pytest.mark.parametrize("sink", ["", " ! appsink drop=true max-buffers=1", "!appsink"])
 def test_a_gstreamer_pipeline(sink: str) -> None:
     pipeline = (
         f"videotestsrc is-live=true num-buffers=20 pattern=red ! video/x-raw,width=64,height=48,framerate=30/1{sink}"

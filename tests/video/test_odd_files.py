@@ -191,6 +191,30 @@ def test_a_file_is_read_whatever_its_name_could_mean(
         assert (len(list(source)), source.name) == (3, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_pipeline"),
+    [
+        ("videotestsrc!appsink", True),
+        ("v4l2src device=/dev/video0 !videoconvert", True),
+        ("v4l2src! video/x-raw,width=640 !videoconvert", True),
+        ("rtspsrc location=rtsp://cam/1 ! decodebin", True),
+        ("videotestsrc\n!\nvideoconvert", True),
+        ("what a day!.mp4", False),
+        ("a!b.mp4", False),
+        ("2024!new/a.mp4", False),
+    ],
+)
+def test_a_pipeline_is_told_from_a_file_that_is_not_there(
+    name: str, is_pipeline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aicsd_deploy.video.streams.open_gstreamer", lambda spec: spec)
+    if is_pipeline:
+        assert open_source(name) == name
+    else:
+        with pytest.raises(InputError, match="does not exist"):
+            open_source(name)
+
+
 def test_a_pipeline_longer_than_a_file_name_may_be_is_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = "videotestsrc" + " ! videoconvert" * 30
     monkeypatch.setattr("aicsd_deploy.video.streams.open_gstreamer", lambda spec: spec)
