@@ -54,6 +54,7 @@ class Mp4Sink(Sink):
         self, path: Path | str, *, crf: int = 21, preset: str = "superfast", audio_of: str | None = None
     ) -> None:
         self.path, self.name = Path(path), str(path)
+        self._partial = self.path.with_suffix(f".partial{self.path.suffix}")
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise InputError(f"Cannot write {path}: the output must end in {', '.join(VIDEO_SUFFIXES)}.")
         if self.path.is_dir():
@@ -72,13 +73,13 @@ class Mp4Sink(Sink):
         """Start the file.
 
         Raises:
-            InputError: the file is the source itself or cannot be written, or there is no sound that could be copied.
+            InputError: the file, or the one that an error would leave, is the source itself; it cannot be written; or there is no sound that could be copied.
             MissingDependencyError: PyAV is missing or was built without x264.
         """
-        if self.path.exists() and os.path.exists(source.name) and self.path.samefile(source.name):
-            raise InputError(
-                f"The output {self.path} is the input itself, which would be lost. Choose another name with -o."
-            )
+        unfinished = f"{self._partial}, which takes the frames where {self.path} cannot be finished,"
+        for path, what in ((self.path, f"The output {self.path}"), (self._partial, unfinished)):
+            if path.exists() and os.path.exists(source.name) and path.samefile(source.name):
+                raise InputError(f"{what} is the input itself, which would be lost. Choose another name with -o.")
         if self._audio_of is not None and source.live:
             raise InputError(f"The sound of a file can be copied, but {source.name} is live. Leave out --audio.")
         if "libx264" not in av.codecs_available:
@@ -166,10 +167,9 @@ class Mp4Sink(Sink):
             return
         playable = failure is None or (self.path.suffix.lower() == ".mkv" and self._temporary.stat().st_size > 0)
         if self._last_pts >= 0 and playable:
-            partial = self.path.with_suffix(f".partial{self.path.suffix}")
             make_readable(self._temporary)
-            self._temporary.replace(partial)
-            say(f"The frames until the error are kept in {partial}")
+            self._temporary.replace(self._partial)
+            say(f"The frames until the error are kept in {self._partial}")
         unfinished = error or failure or InputError("no frame was written")
         self._output.__exit__(type(unfinished), unfinished, None)
         if error is None and failure is not None:
