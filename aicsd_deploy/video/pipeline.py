@@ -238,7 +238,7 @@ def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source,
         for frame in lane:
             if sink.paced and not source.live:
                 start_s = start_s or time.perf_counter() - frame.time_s
-                stop.event.wait(start_s + frame.time_s - time.perf_counter())
+                stop.wait(start_s + frame.time_s - time.perf_counter())
             wants_more = write(frame)
             written += 1
             watch.note_shown(frame, frames_in=watch.count("decode"), frames_out=written)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from video_helpers import CLASSES, SHARED_VIDEOS, Numbered, Threshold, encode, g
 
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.video.figures import STAGES
+from aicsd_deploy.video.lanes import Stop
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.sinks import Sink
@@ -245,6 +248,41 @@ def test_a_signal_ends_it_and_the_file_is_playable(tmp_path: Path, number: int) 
     times, images = read_back(tmp_path / "out.mp4")
     assert len(images) == result.frames_out > 0
     assert times == pytest.approx([n / 25 for n in range(len(images))], abs=1e-3)
+
+
+def test_a_signal_may_come_at_any_moment_of_waiting() -> None:
+    """One that comes while its thread holds a lock that stopping needs would hang; another process sends them, at any moment."""
+    send = "import os, sys, time, random\nfor line in sys.stdin:\n    time.sleep(random.random() / 5000)\n    os.kill(int(line), 2)"
+    code = f"""
+import os, signal, subprocess, sys
+from aicsd_deploy.video.lanes import Stop
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sender = subprocess.Popen([sys.executable, "-c", {send!r}], stdin=subprocess.PIPE, start_new_session=True, text=True)
+for _ in range(10000):
+    with Stop() as stop:
+        print(os.getpid(), file=sender.stdin, flush=True)
+        while not stop.interrupted:
+            stop.wait(1e-6)
+sender.stdin.close()
+sender.wait()
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_a_signal_while_all_are_told_to_stop_does_not_tell_them_again() -> None:
+    told = []
+
+    def tell() -> None:
+        told.append(1)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Stop(also=tell) as stop:
+            stop.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (told, stop.interrupted) == ([1], True)
 
 
 def test_from_file_to_file(tmp_path: Path) -> None:
