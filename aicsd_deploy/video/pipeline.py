@@ -27,6 +27,9 @@ from aicsd_deploy.video.sources import Frame, Source
 LATE = 1.25
 """A live frame is waited for up to this many frame times after the one before it came."""
 
+READING_ENDS_S = 1.0
+"""How long the end waits for the source: a server that is silent holds FFmpeg for ten seconds, and nothing can wake that."""
+
 
 @dataclass(frozen=True)
 class VideoResult:
@@ -169,7 +172,8 @@ def process_video(
             stop.set()
             for thread in threads:
                 if thread.ident is not None:  # it has been started
-                    thread.join()
+                    thread.join(READING_ENDS_S if thread is threads[0] else None)
+            source.left = threads[0].is_alive()
         if stop.error is not None:
             raise stop.error
         if not frames_out and not stop.interrupted:

@@ -71,6 +71,7 @@ class Source(ABC):
         skipped: frames that could not be decoded so far.
         reconnects: how often a live source was lost and came back.
         lost: a live source went away and did not come back, which is not the same as its end.
+        left: a thread still waits in it, so that it cannot be closed; the thread ends by itself, or with the process.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Source(ABC):
     skipped: int = 0
     reconnects: int = 0
     lost: bool = False
+    left: bool = False
 
     @abstractmethod
     def __iter__(self) -> Iterator[Frame]: ...
@@ -99,7 +101,8 @@ class Source(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if not self.left:
+            self.close()
 
 
 class FolderSource(Source):

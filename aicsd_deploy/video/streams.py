@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import re
 import shlex
@@ -122,6 +123,7 @@ class GStreamerConnection(StreamConnection):
             stderr=self._said,
             start_new_session=True,  # Ctrl-C is for us: what is under way is finished first
         )
+        atexit.register(self._process.kill)  # the thread that reads it may have been left behind
         assert self._process.stdout is not None
         # FFmpeg's own time limits do not hold for pipes; neither here nor in `read`.
         too_late = threading.Timer(OPEN_TIMEOUT_S, self._process.kill)
@@ -156,6 +158,7 @@ class GStreamerConnection(StreamConnection):
     def _end_process(self) -> None:
         self._process.kill()
         self._process.wait()
+        atexit.unregister(self._process.kill)
         if self._process.stdout is not None:
             self._process.stdout.close()
 

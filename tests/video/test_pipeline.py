@@ -225,6 +225,25 @@ def test_a_viewer_who_has_seen_enough_ends_it() -> None:
     assert sink.closed_with == [None]
 
 
+@pytest.mark.parametrize("silent", [True, False])
+def test_the_end_does_not_wait_for_a_source_that_is_silent(silent: bool) -> None:
+    class Server(Numbered):
+        answers, closed = threading.Event(), False
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            yield from super().__iter__()
+            self.in_time = self.answers.wait(30 if silent else 0)
+
+        def close(self) -> None:
+            self.closed = True
+
+    with Server(3) as source:
+        result = process(source, Threshold(), Collect(enough_at=3))
+    # What a thread still reads from must not be closed: FFmpeg would crash.
+    assert (result.frames_out, source.left, source.closed) == (3, silent, not silent)
+    source.answers.set()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_and_the_file_is_playable(tmp_path: Path, number: int) -> None:
     class Interrupts(Numbered):
