@@ -275,7 +275,7 @@ def sane_fps(rate: Fraction | None) -> Fraction:
 def in_order(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """Return the files of a folder with these suffixes, hidden ones left out, in the order of their names: img2 before img10."""
     found = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
-    return sorted(found, key=_by_number)
+    return sorted(found, key=lambda path: (_by_number(path), path.name))  # 1.png and 01.png have the same number
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

@@ -100,7 +100,7 @@ class Mp4Sink(Sink):
                     f"H.264 cannot hold frames of {width}x{height} (x264: at most 16384 a side). Write labels instead: -o FOLDER."
                 ) from error
             if self._audio_of is not None:
-                self._audio = AudioCopy(self._audio_of, self._container)
+                self._audio = AudioCopy(self._audio_of, self._container, name=source.name)
             self._container.start_encoding()  # writes the header; were a full disk met later, PyAV would crash
         except BaseException as error:
             self._container = None
@@ -162,6 +162,8 @@ class Mp4Sink(Sink):
             container.close()
         except Exception as full_disk:
             failure = full_disk
+        if self._audio is not None:
+            self._audio.close()
         if self._last_pts >= 0 and wanted and failure is None:
             self._output.__exit__(None, None, None)
             return
@@ -183,15 +185,16 @@ class AudioCopy:
         InputError: the file has no sound, or the container cannot hold it.
     """
 
-    def __init__(self, path: str, output: OutputContainer) -> None:
+    def __init__(self, path: str, output: OutputContainer, *, name: str) -> None:
+        """Open a file or an address; `name` is what to call it, without its password."""
         try:
             self._input = open_container(path)
         except (av.error.FFmpegError, OSError) as error:
-            raise InputError(f"{path} has no sound that can be copied: it is no file. Leave out --audio.") from error
+            raise InputError(f"{name} has no sound that can be copied: it is no file. Leave out --audio.") from error
         self._output = output
         if not self._input.streams.audio:
             self._input.close()
-            raise InputError(f"{path} has no sound to copy. Leave out --audio.")
+            raise InputError(f"{name} has no sound to copy. Leave out --audio.")
         track = self._input.streams.audio[0]
         try:
             self._stream = output.add_stream_from_template(track)
@@ -199,7 +202,7 @@ class AudioCopy:
         except (ValueError, av.error.FFmpegError) as error:
             self._input.close()
             raise InputError(
-                f"The sound of {path} ({track.codec_context.name}) cannot be copied into this kind of file: "
+                f"The sound of {name} ({track.codec_context.name}) cannot be copied into this kind of file: "
                 f"{first_line(error)}. Write an .mkv, or leave out --audio."
             ) from error
         step_s = Fraction(track.codec_context.frame_size or 1024, track.codec_context.sample_rate or 48000)

@@ -350,6 +350,21 @@ def test_a_video_without_sound_is_refused_and_nothing_is_left(tmp_path: Path, su
     assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for open files as Linux shows them")
+def test_the_file_with_the_sound_is_closed(with_sound: Path, tmp_path: Path) -> None:
+    sink = Mp4Sink(tmp_path / "out.mp4", audio_of=str(with_sound))
+    with open_source(str(with_sound)) as source:
+        process_video(source, Threshold(), sink, overlay=Overlay(CLASSES))
+    assert with_sound not in [path.resolve() for path in Path("/proc/self/fd").iterdir()]
+
+
+def test_sound_that_cannot_be_had_is_told_without_its_password(tmp_path: Path) -> None:
+    source = Numbered(3)
+    source.name = "http://…@127.0.0.1:9/x"
+    with pytest.raises(InputError, match=r"^http://…@127\.0\.0\.1:9/x has no sound"):
+        Mp4Sink(tmp_path / "out.mp4", audio_of="http://me:secret@127.0.0.1:9/x").open(source)
+
+
 def test_the_sound_of_a_live_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is live"):
         Mp4Sink(tmp_path / "out.mp4", audio_of="rtsp://127.0.0.1:9/x").open(Numbered(3, live=True))

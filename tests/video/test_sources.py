@@ -13,7 +13,7 @@ import pytest
 from video_helpers import SHARED_VIDEOS, encode, grey_frames
 
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.video.sources import fit, open_source
+from aicsd_deploy.video.sources import fit, in_order, open_source
 from aicsd_deploy.video.video_file import RESERVED_MATRIX, ToBgr
 
 CORNERS = np.zeros((48, 64, 3), np.uint8)
@@ -163,6 +163,13 @@ def test_a_folder_is_read_in_the_order_of_its_numbers_and_fitted_to_the_first_si
     assert {f.image_bgr.shape for f in frames} == {(40, 60, 3)}
     assert [f.time_s for f in frames] == pytest.approx([0, 0.04, 0.08])
     assert source.skipped == 1
+
+
+def test_names_with_the_same_number_have_an_order_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["01.png", "001.png", "1.png", "2.png"]
+    for given in (names, names[::-1]):  # as a file system may have them
+        monkeypatch.setattr(Path, "iterdir", lambda folder, given=given: iter(tmp_path / name for name in given))
+        assert [path.name for path in in_order(tmp_path, (".png",))] == ["001.png", "01.png", "1.png", "2.png"]
 
 
 def test_a_folder_leaves_out_hidden_files_and_counts_a_picture_that_claims_too_much(tmp_path: Path) -> None:
