@@ -44,7 +44,7 @@ class StreamConnection(Connection):
             raise InputError(
                 f"{name} cannot be opened ({_reason(error)}). Check the address and that its server is running."
             ) from error
-        if not self._container.streams.video:
+        if not self._container.streams.video or self._container.format.name == "tty":  # which is how text is read
             self._container.close()
             raise InputError(f"{name} has no video in it.")
         self._stream = self._container.streams.video[0]

@@ -357,6 +357,12 @@ def test_an_address_where_nothing_is_is_an_input_error(web_server: str) -> None:
         open_source(f"{web_server}/missing.mp4")
 
 
+def test_text_on_a_web_server_is_no_live_video(web_server: str, tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text("hello\n" * 99)
+    with pytest.raises(InputError, match="no video in it"):
+        open_source(f"{web_server}/page.txt")
+
+
 has_gstreamer = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="needs GStreamer (gst-launch-1.0)")
 
 
