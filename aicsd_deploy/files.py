@@ -10,9 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aicsd_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -95,6 +99,26 @@ def write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` atomically, in UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_png(path: Path | str, image: npt.NDArray[np.uint8]) -> None:
+    """Write a picture to `path` atomically.
+
+    Args:
+        path: where to write it.
+        image: uint8 (H, W), or (H, W, 3) in BGR.
+
+    Raises:
+        InputError: it is too large for a PNG, or its folder cannot be written to.
+        OSError: the disk is full; cv2.imwrite would say so by nothing but its return value.
+    """
+    import cv2  # here, since most commands that write files have no pictures
+
+    good, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])  # half as large as its default
+    if not good:
+        raise InputError(f"Cannot write {path}: no PNG can be made of {image.shape[1]}x{image.shape[0]} pixels.")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())
 
 
 def write_json(path: Path | str, value: Any) -> None:

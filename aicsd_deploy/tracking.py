@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
-from aicsd_deploy.files import atomic_path
+from aicsd_deploy.files import atomic_path, write_png
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
@@ -150,8 +150,7 @@ def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *,
         tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
         tiles["predicted"] = overlay.draw(frame.copy(), predicted)
         rows.append(picture_row(tiles, width=400, titled=not rows))
-    with atomic_path(path) as temporary:
-        cv2.imwrite(str(temporary), np.vstack(rows))
+    write_png(path, np.vstack(rows))
     return path
 
 

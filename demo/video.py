@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "scores": scorer.result() if scorer and result.frames_out else None,
         }
     report(result, named, args.json)
+    if scorer and result.ended == "end":
+        scorer.warn_of_the_rest()
     if result.ended == "lost":
         raise InputError(f"{source.name} was lost and did not come back. What came before is kept in {sink.name}.")
     if result.interrupted and not source.live and not sink.paced:

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+from helpers import REPO
 
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import atomic_path, write_json
+from aicsd_deploy.files import atomic_path, write_json, write_png
 from aicsd_deploy.metadata import Metadata, SegClass
 
 
@@ -66,6 +69,33 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: '.*x\.plan'"), atomic_path(tmp_path / "x.plan"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    write_png(tmp_path / "old.png", picture)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "old.png")), picture)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, old[1]))  # no file may be larger, as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*old\.png'"):
+            write_png(tmp_path / "old.png", 255 - picture)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "old.png")), picture)
+    with pytest.raises(InputError, match=r"wide\.png: no PNG .* 1100000x1 pixels"):
+        write_png(tmp_path / "wide.png", np.zeros((1, 1_100_000), np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
+
+
+def test_no_picture_is_written_past_write_png() -> None:
+    scripts = [
+        path
+        for folder in ("aicsd_deploy", "tools", "benchmarks", "train", "export", "demo")
+        for path in (REPO / folder).rglob("*.py")
+    ]
+    assert [path for path in scripts if "cv2.imwrite(" in path.read_text()] == []
 
 
 def test_a_termination_signal_leaves_nothing_behind(tmp_path: Path) -> None:

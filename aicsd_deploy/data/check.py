@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
 from aicsd_deploy.console import progress, table
 from aicsd_deploy.data.dataset import CachedDataset, FileDataset, SegmentationDataset, evenly_spread
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import atomic_path
+from aicsd_deploy.files import write_png
 from aicsd_deploy.metadata import IGNORE_LABEL
 from aicsd_deploy.video.overlay import Overlay
 
@@ -148,7 +147,6 @@ def write_overlays(dataset: SegmentationDataset, folder: Path, *, count: int = 6
         frame = np.ascontiguousarray(image[..., ::-1])
         picture = np.hstack([frame, overlay.draw(frame.copy(), labels)])
         path = folder / f"{dataset.split}_{dataset.name(index)}.png"
-        with atomic_path(path) as temporary:
-            cv2.imwrite(str(temporary), picture)
+        write_png(path, picture)
         paths.append(path)
     return paths

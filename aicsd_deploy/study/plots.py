@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
-from aicsd_deploy.files import atomic_path
+from aicsd_deploy.files import write_png
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
@@ -58,8 +57,7 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
         tiles |= {name: overlay.draw(frame.copy(), segment(backend, frame)) for name, backend in backends.items()}
         rows.append(picture_row(tiles, width=TILE_WIDTH, titled=not rows))
     path = out / "strip.png"
-    with atomic_path(path) as temporary:
-        cv2.imwrite(str(temporary), np.vstack(rows))
+    write_png(path, np.vstack(rows))
     return path
 
 

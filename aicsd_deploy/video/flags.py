@@ -89,7 +89,12 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         metavar="N",
         help="frames of a file in the network at once (default: 2 on a GPU, one per core up to 4 on a CPU)",
     )
-    add("--max-frames", type=positive_int, metavar="N", help="stop after N frames")
+    add(
+        "--max-frames",
+        type=positive_int,
+        metavar="N",
+        help="stop when N frames have been shown or written; those that a live source drops do not count",
+    )
     add_json_flag(parser)
     args = parser.parse_args(argv)
     if args.audio and not any(is_video(path) for path in args.output or ()):
@@ -102,7 +107,7 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         parser.error("two -o name the same file")
     keep_apart(args.json, *(args.output or ()), Path(args.source or ""), args.engine or Path())
     for path in args.output or ():
-        if not (is_video(path) or path.suffix in ("", ".jsonl") or path.is_dir()):
+        if not (is_video(path) or path.suffix.lower() in ("", ".jsonl") or path.is_dir()):
             raise InputError(
                 f"Cannot write {path}: the output must end in {', '.join(VIDEO_SUFFIXES)} (a video) or .jsonl (labels as run "
                 "lengths), or have no suffix (a folder for label maps)."
@@ -125,7 +130,7 @@ def open_sinks(args: argparse.Namespace, classes: Sequence[SegClass], *, title: 
             from aicsd_deploy.video.video_writer import Mp4Sink  # here, since it needs PyAV
 
             sinks.append(Mp4Sink(path, audio_of=args.source if args.audio else None))
-        elif path.suffix == ".jsonl":
+        elif path.suffix.lower() == ".jsonl":
             sinks.append(RleSink(path, classes))
         else:
             sinks.append(PngSink(path, classes))

@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import cv2
 import numpy as np
 
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import atomic_path, check_writable, write_text
+from aicsd_deploy.files import atomic_path, check_writable, write_png, write_text
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sinks import Sink
@@ -57,9 +56,7 @@ class PngSink(Sink):
         if not self._times:
             lines = (f"{i} {c.name} {' '.join(map(str, c.color_rgb))}\n" for i, c in enumerate(self._classes))
             write_text(self.folder / "classes.txt", "".join(lines))
-        _, data = cv2.imencode(".png", frame.labels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-        with atomic_path(self.folder / f"frame_{frame.index:06d}.png") as path:
-            path.write_bytes(data.tobytes())
+        write_png(self.folder / f"frame_{frame.index:06d}.png", frame.labels)
         self._times.append(f"frame_{frame.index:06d}.png {frame.time_s:.6f}\n")
         return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
@@ -18,19 +19,29 @@ _POLL_S = 0.1  # how soon a stage that waits for its neighbour notices that all 
 
 
 class Stop:
-    """What tells all stages to stop: an error in one of them, Ctrl-C, or the viewer."""
+    """What tells all stages to stop: an error in one of them, Ctrl-C, or the viewer.
+
+    It has no lock: a signal that came while its thread holds one would wait for it forever.
+    """
 
     def __init__(self, *, also: Callable[[], None] = lambda: None) -> None:
         """`also` is called too when all must stop: it wakes a stage that waits outside the queues."""
-        self.event = threading.Event()
+        self.is_set = False
         self.error: BaseException | None = None
         self.interrupted = False
         self._also = also
         self._handlers: dict[int, Any] = {}
 
     def set(self) -> None:
-        self.event.set()
-        self._also()
+        if not self.is_set:
+            self.is_set = True
+            self._also()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for so long, or until all must stop."""
+        end_s = time.monotonic() + seconds
+        while not self.is_set and (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, _POLL_S))
 
     def fail(self, error: BaseException) -> None:
         self.error = self.error or error
@@ -63,7 +74,7 @@ class Lane:
 
     def __init__(self, stop: Stop, depth: int, *, newest: bool) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(depth)
-        self._stop, self._newest = stop.event, newest
+        self._stop, self._newest = stop, newest
 
     def put(self, item: Any) -> bool:
         """Pass an item on; False says that all must stop."""
@@ -76,7 +87,7 @@ class Lane:
         self._put(_END)
 
     def __iter__(self) -> Iterator[Any]:
-        while not self._stop.is_set():
+        while not self._stop.is_set:
             try:
                 item = self._queue.get(timeout=_POLL_S)
             except queue.Empty:
@@ -97,7 +108,7 @@ class Lane:
         return found
 
     def _put(self, item: Any) -> bool:
-        while not self._stop.is_set():
+        while not self._stop.is_set:
             with suppress(queue.Full):
                 self._queue.put(item, timeout=_POLL_S)
                 return True

@@ -6,6 +6,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from fractions import Fraction
 
 import cv2
@@ -93,12 +94,12 @@ class LiveSource(Source):
                 image = self._connection.read()
             except ConnectionLostError as error:
                 lost = str(error)
+            self.skipped += self._connection.skipped
+            self._connection.skipped = 0
             if lost is not None:
                 # Not above: what is opened while an exception is handled holds on to it, and so to the connection that it came
                 # from (PyAV keeps the exception it finds in the generator that decodes).
                 image = None if self._cancelled.is_set() else self._reconnect(lost)
-            self.skipped += self._connection.skipped
-            self._connection.skipped = 0
 
     def _reconnect(self, reason: str) -> UInt8Array | None:
         say(f"{self.name} broke off ({reason}); trying again for {self._patience_s:.0f} s")
@@ -106,16 +107,15 @@ class LiveSource(Source):
         self._connection.close()
         while time.monotonic() < deadline_s and not self._cancelled.wait(pause_s):
             pause_s = min(2 * pause_s, 4.0)
-            try:
+            image = None
+            with suppress(ConnectionLostError, InputError):
                 self._connection = self._connect()
                 image = self._connection.read()
-            except (ConnectionLostError, InputError):
-                self._connection.close()
-                continue
-            if image is not None:
+            if image is not None and not self._cancelled.is_set():
                 self.reconnects += 1
                 say(f"{self.name} is back")
                 return image
+            self._connection.close()
         self.lost = not self._cancelled.is_set()
         return None
 

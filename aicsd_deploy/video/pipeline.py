@@ -27,6 +27,9 @@ from aicsd_deploy.video.sources import Frame, Source
 LATE = 1.25
 """A live frame is waited for up to this many frame times after the one before it came."""
 
+READING_ENDS_S = 1.0
+"""How long the end waits for the source: a server that is silent holds FFmpeg for ten seconds, and nothing can wake that."""
+
 
 @dataclass(frozen=True)
 class VideoResult:
@@ -115,7 +118,7 @@ def process_video(
         overlay: draws on each frame, if the sink wants that.
         fit: how frames get to the network's size; see `Segmenter`.
         smooth: frames that a new label must last for before it is shown; see `LabelSmoother`.
-        max_frames: stop after so many frames.
+        max_frames: stop when so many have been given to the sink; what a live source drops does not count.
         depth: frames that may wait between two stages of a file; between those of a live source it is one.
 
     Raises:
@@ -149,7 +152,8 @@ def process_video(
         lanes = [[Lane(stop, 1 if source.live else depth, newest=source.live) for _ in segmenters] for _ in range(2)]
         to_infer, to_render = (Fan(each) for each in lanes)
         to_encode = Lane(stop, 1 if source.live else depth, newest=source.live)
-        decoded = watch.timed_each("decode", islice(source, max_frames))
+        # Of a file each frame is shown, so that none need be decoded after the last.
+        decoded = watch.timed_each("decode", source if source.live else islice(source, max_frames))
         threads = [
             _stage_thread(stop, "decode", decoded, lambda frame: frame, to_infer),
             *(
@@ -163,12 +167,13 @@ def process_video(
         try:
             for thread in threads:
                 thread.start()
-            frames_out = _drain(to_encode, sink, watch, stop, source, _expected(source, max_frames))
+            frames_out = _drain(to_encode, sink, watch, stop, source, max_frames)
         finally:
             stop.set()
             for thread in threads:
                 if thread.ident is not None:  # it has been started
-                    thread.join()
+                    thread.join(READING_ENDS_S if thread is threads[0] else None)
+            source.left = threads[0].is_alive()
         if stop.error is not None:
             raise stop.error
         if not frames_out and not stop.interrupted:
@@ -182,7 +187,7 @@ def process_video(
         seconds,
         {stage: watch.recent_ms(stage) for stage in STAGES},
         watch.recent_ms("age"),
-        _how_it_ended(source, stop, reached_max=frames_in == max_frames),
+        _how_it_ended(source, stop, reached_max=frames_out == max_frames),
         source.reconnects,
         segmenters[0].describe(source.size_hw),
     )
@@ -193,9 +198,9 @@ def _how_it_ended(
 ) -> Literal["end", "lost", "max_frames", "interrupted"]:
     if stop.interrupted:
         return "interrupted"
-    if source.lost:
-        return "lost"
-    return "max_frames" if reached_max else "end"
+    if reached_max:
+        return "max_frames"
+    return "lost" if source.lost else "end"
 
 
 def _stage_thread(
@@ -230,13 +235,14 @@ def _fresh(lane: Lane, fps: Fraction) -> Iterator[Frame]:
             yield frame
 
 
-def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source, expected: int | None) -> int:
+def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source, max_frames: int | None) -> int:
+    expected = min((n for n in (source.frame_count, max_frames) if n is not None), default=None)
     written, start_s, write = 0, 0.0, watch.timed("encode", sink.write)
     with progress("Segmenting", expected) as advance:
         for frame in lane:
             if sink.paced and not source.live:
                 start_s = start_s or time.perf_counter() - frame.time_s
-                stop.event.wait(start_s + frame.time_s - time.perf_counter())
+                stop.wait(start_s + frame.time_s - time.perf_counter())
             wants_more = write(frame)
             written += 1
             watch.note_shown(frame, frames_in=watch.count("decode"), frames_out=written)
@@ -244,11 +250,9 @@ def _drain(lane: Lane, sink: Sink, watch: Stopwatch, stop: Stop, source: Source,
             advance()
             if not wants_more:
                 stop.interrupt()
+            if written == max_frames:
+                break
     return written
-
-
-def _expected(source: Source, max_frames: int | None) -> int | None:
-    return min((n for n in (source.frame_count, max_frames) if n is not None), default=None)
 
 
 def _quantiles(values: npt.NDArray[np.float64]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import read_mask
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
@@ -68,6 +69,15 @@ class Scorer(Sink):
             self._flickered += int((steady & (predicted != self._last[2])).sum())
         self._last = (frame.index, true, predicted)
         return True
+
+    def warn_of_the_rest(self) -> None:
+        """Say, once the video has ended, that there are more label maps than it has frames, if there are."""
+        frames = self._last[0] + 1 if self._last else 0
+        if frames < self._count:
+            say(
+                f"warning: {self._source.name} has {frames} frames, but --labels has {self._count} label maps. The last "
+                f"{self._count - frames} were not used; if frames are missing before the end, the scores are of wrong pairs."
+            )
 
     def result(self) -> dict[str, Any]:
         """Return miou, per_class_iou, pixel_accuracy, mean_class_accuracy, images, label_pixels, and flicker_rate (None for one frame)."""

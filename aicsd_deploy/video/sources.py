@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+PIPELINE = re.compile(r"\s!\s|^\s*[a-z]\w*(\s[^!]*)?!\s*([a-z][\w-]*(\s|!|$)|(video|image|application)/)", re.I)
+"""A GStreamer pipeline: a ! with spaces around it, or one between what can be two elements, or an element and its caps."""
 CLOCK = Fraction(1, 90_000)
 """The time base of sources that have none of their own."""
 
@@ -69,6 +71,7 @@ class Source(ABC):
         skipped: frames that could not be decoded so far.
         reconnects: how often a live source was lost and came back.
         lost: a live source went away and did not come back, which is not the same as its end.
+        left: a thread still waits in it, so that it cannot be closed; the thread ends by itself, or with the process.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Source(ABC):
     skipped: int = 0
     reconnects: int = 0
     lost: bool = False
+    left: bool = False
 
     @abstractmethod
     def __iter__(self) -> Iterator[Frame]: ...
@@ -97,7 +101,8 @@ class Source(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if not self.left:
+            self.close()
 
 
 class FolderSource(Source):
@@ -191,7 +196,7 @@ def open_source(
 
     Args:
         spec: `synthetic`; a camera's number or device; a network address (rtsp://, http://, udp://, …); a GStreamer pipeline, with
-            ` ! ` between its elements; a folder of pictures; or a video file. None is the first camera, and the built-in
+            `!` between its elements; a folder of pictures; or a video file. None is the first camera, and the built-in
             scene where there is none.
         synthetic_hw: height and width to draw the built-in scene in.
         endless: the built-in scene goes on until it is stopped.
@@ -214,10 +219,11 @@ def open_source(
         from aicsd_deploy.video.live import open_camera
 
         return open_camera(int(number))
-    if (" ! " in spec or "://" in spec) and not os.path.isfile(spec):  # Path.is_file raises where a pipeline is long
+    is_pipeline = PIPELINE.search(spec) is not None
+    if (is_pipeline or "://" in spec) and not os.path.exists(spec):  # Path.exists raises where a pipeline is long
         from aicsd_deploy.video.streams import open_gstreamer, open_stream  # here, so that a camera needs no PyAV
 
-        return open_gstreamer(spec) if " ! " in spec else open_stream(spec)
+        return open_gstreamer(spec) if is_pipeline else open_stream(spec)
     if Path(spec).is_dir():
         return FolderSource(spec)
     from aicsd_deploy.video.video_file import FileSource
@@ -269,7 +275,7 @@ def sane_fps(rate: Fraction | None) -> Fraction:
 def in_order(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """Return the files of a folder with these suffixes, hidden ones left out, in the order of their names: img2 before img10."""
     found = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
-    return sorted(found, key=_by_number)
+    return sorted(found, key=lambda path: (_by_number(path), path.name))  # 1.png and 01.png have the same number
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import re
 import shlex
@@ -43,7 +44,7 @@ class StreamConnection(Connection):
             raise InputError(
                 f"{name} cannot be opened ({_reason(error)}). Check the address and that its server is running."
             ) from error
-        if not self._container.streams.video:
+        if not self._container.streams.video or self._container.format.name == "tty":  # which is how text is read
             self._container.close()
             raise InputError(f"{name} has no video in it.")
         self._stream = self._container.streams.video[0]
@@ -122,6 +123,7 @@ class GStreamerConnection(StreamConnection):
             stderr=self._said,
             start_new_session=True,  # Ctrl-C is for us: what is under way is finished first
         )
+        atexit.register(self._process.kill)  # the thread that reads it may have been left behind
         assert self._process.stdout is not None
         # FFmpeg's own time limits do not hold for pipes; neither here nor in `read`.
         too_late = threading.Timer(OPEN_TIMEOUT_S, self._process.kill)
@@ -156,6 +158,7 @@ class GStreamerConnection(StreamConnection):
     def _end_process(self) -> None:
         self._process.kill()
         self._process.wait()
+        atexit.unregister(self._process.kill)
         if self._process.stdout is not None:
             self._process.stdout.close()
 

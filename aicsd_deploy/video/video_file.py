@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 """For `av.open`: titles that are no UTF-8 are no reason to refuse a file, which PyAV knows by itself from 19 on."""
+RESERVED_MATRIX = 3
+"""Says as little about the colours as 2, "unspecified", but FFmpeg converts only that."""
 AVFMT_TS_DISCONT = 0x0200  # of FFmpeg's libavformat/avformat.h
 SERVER_TIMEOUT_S = 10.0
 """A server that is silent for so long is taken to be gone."""
@@ -145,13 +147,25 @@ class FileSource(Source):
 
 
 class ToBgr:
-    """Turns decoded frames into arrays, uint8 (H, W, 3), with one converter: a frame's own makes threads for each frame."""
+    """Turns decoded frames into arrays, uint8 (H, W, 3), with one converter: a frame's own makes threads for each frame.
+
+    Raises:
+        InputError: FFmpeg cannot convert their colours.
+    """
 
     def __init__(self) -> None:
         self._converter = reformatter.VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> UInt8Array:
-        return np.asarray(self._converter.reformat(frame, format="bgr24", threads=1).to_ndarray(), dtype=np.uint8)
+        matrix = reformatter.Colorspace.DEFAULT if frame.colorspace == RESERVED_MATRIX else None
+        try:
+            converted = self._converter.reformat(frame, format="bgr24", src_colorspace=matrix, threads=1)
+        except av.error.FFmpegError as error:
+            raise InputError(
+                f"FFmpeg cannot convert the colours of this video ({frame.format.name} with matrix {int(frame.colorspace)} of "
+                f"H.273: {error.strerror}). Convert it to BT.709 with another program."
+            ) from error
+        return np.asarray(converted.to_ndarray(), dtype=np.uint8)
 
 
 def open_container(path: Path | str) -> InputContainer:

@@ -54,6 +54,7 @@ class Mp4Sink(Sink):
         self, path: Path | str, *, crf: int = 21, preset: str = "superfast", audio_of: str | None = None
     ) -> None:
         self.path, self.name = Path(path), str(path)
+        self._partial = self.path.with_suffix(f".partial{self.path.suffix}")
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise InputError(f"Cannot write {path}: the output must end in {', '.join(VIDEO_SUFFIXES)}.")
         if self.path.is_dir():
@@ -72,13 +73,13 @@ class Mp4Sink(Sink):
         """Start the file.
 
         Raises:
-            InputError: the file is the source itself or cannot be written, or there is no sound that could be copied.
+            InputError: the file, or the one that an error would leave, is the source itself; it cannot be written; or there is no sound that could be copied.
             MissingDependencyError: PyAV is missing or was built without x264.
         """
-        if self.path.exists() and os.path.exists(source.name) and self.path.samefile(source.name):
-            raise InputError(
-                f"The output {self.path} is the input itself, which would be lost. Choose another name with -o."
-            )
+        unfinished = f"{self._partial}, which takes the frames where {self.path} cannot be finished,"
+        for path, what in ((self.path, f"The output {self.path}"), (self._partial, unfinished)):
+            if path.exists() and os.path.exists(source.name) and path.samefile(source.name):
+                raise InputError(f"{what} is the input itself, which would be lost. Choose another name with -o.")
         if self._audio_of is not None and source.live:
             raise InputError(f"The sound of a file can be copied, but {source.name} is live. Leave out --audio.")
         if "libx264" not in av.codecs_available:
@@ -99,7 +100,7 @@ class Mp4Sink(Sink):
                     f"H.264 cannot hold frames of {width}x{height} (x264: at most 16384 a side). Write labels instead: -o FOLDER."
                 ) from error
             if self._audio_of is not None:
-                self._audio = AudioCopy(self._audio_of, self._container)
+                self._audio = AudioCopy(self._audio_of, self._container, name=source.name)
             self._container.start_encoding()  # writes the header; were a full disk met later, PyAV would crash
         except BaseException as error:
             self._container = None
@@ -161,15 +162,16 @@ class Mp4Sink(Sink):
             container.close()
         except Exception as full_disk:
             failure = full_disk
+        if self._audio is not None:
+            self._audio.close()
         if self._last_pts >= 0 and wanted and failure is None:
             self._output.__exit__(None, None, None)
             return
         playable = failure is None or (self.path.suffix.lower() == ".mkv" and self._temporary.stat().st_size > 0)
         if self._last_pts >= 0 and playable:
-            partial = self.path.with_suffix(f".partial{self.path.suffix}")
             make_readable(self._temporary)
-            self._temporary.replace(partial)
-            say(f"The frames until the error are kept in {partial}")
+            self._temporary.replace(self._partial)
+            say(f"The frames until the error are kept in {self._partial}")
         unfinished = error or failure or InputError("no frame was written")
         self._output.__exit__(type(unfinished), unfinished, None)
         if error is None and failure is not None:
@@ -183,15 +185,16 @@ class AudioCopy:
         InputError: the file has no sound, or the container cannot hold it.
     """
 
-    def __init__(self, path: str, output: OutputContainer) -> None:
+    def __init__(self, path: str, output: OutputContainer, *, name: str) -> None:
+        """Open a file or an address; `name` is what to call it, without its password."""
         try:
             self._input = open_container(path)
         except (av.error.FFmpegError, OSError) as error:
-            raise InputError(f"{path} has no sound that can be copied: it is no file. Leave out --audio.") from error
+            raise InputError(f"{name} has no sound that can be copied: it is no file. Leave out --audio.") from error
         self._output = output
         if not self._input.streams.audio:
             self._input.close()
-            raise InputError(f"{path} has no sound to copy. Leave out --audio.")
+            raise InputError(f"{name} has no sound to copy. Leave out --audio.")
         track = self._input.streams.audio[0]
         try:
             self._stream = output.add_stream_from_template(track)
@@ -199,7 +202,7 @@ class AudioCopy:
         except (ValueError, av.error.FFmpegError) as error:
             self._input.close()
             raise InputError(
-                f"The sound of {path} ({track.codec_context.name}) cannot be copied into this kind of file: "
+                f"The sound of {name} ({track.codec_context.name}) cannot be copied into this kind of file: "
                 f"{first_line(error)}. Write an .mkv, or leave out --audio."
             ) from error
         step_s = Fraction(track.codec_context.frame_size or 1024, track.codec_context.sample_rate or 48000)

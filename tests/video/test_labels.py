@@ -188,6 +188,15 @@ def test_a_video_is_scored_through_the_pipeline(tmp_path: Path) -> None:
         process_video(Numbered(41), Threshold(), scorer, overlay=Overlay(CLASSES))
 
 
+@pytest.mark.parametrize("frames", [3, 0])
+def test_label_maps_that_no_frame_used_are_told(frames: int, capsys: pytest.CaptureFixture[str]) -> None:
+    scorer = Scorer(lambda index: np.zeros((4, 4), np.uint8), 3, ["a", "b"])
+    write_all(scorer, frames_of(*[np.zeros((4, 4), np.uint8)] * frames))
+    scorer.warn_of_the_rest()
+    said = capsys.readouterr().err
+    assert said == "" if frames == 3 else "has 0 frames, but --labels has 3 label maps" in said
+
+
 def test_label_maps_are_taken_in_the_order_of_the_pictures_of_a_folder(tmp_path: Path) -> None:
     for kind in ("images", "labels"):
         (tmp_path / kind).mkdir()

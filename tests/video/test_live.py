@@ -105,6 +105,27 @@ def test_damaged_frames_are_counted_once() -> None:
     assert source.skipped == 3
 
 
+def test_damaged_frames_before_a_loss_are_counted() -> None:
+    connect, made = scripted([1, "lost"], [2, "end"])
+    with LiveSource("cam", connect) as source:
+        for frame in source:
+            made[0].skipped += 2 * (frame.index == 0)
+    assert source.skipped == 2
+
+
+def test_every_connection_is_closed() -> None:
+    connect, made = scripted([1, "lost"], ["end"], ["lost"], [2, "lost"], [3])
+
+    def connect_late() -> Connection:
+        if len(made) == 4:
+            source.cancel()
+        return connect()
+
+    source = LiveSource("cam", connect_late)
+    assert len(within(20, lambda: list(source))) == 2
+    assert [connection.closed for connection in made] == [True] * 5
+
+
 def test_a_source_that_does_not_come_back_is_lost() -> None:
     connect, _ = scripted([1, "lost"])
     with LiveSource("cam", connect, patience_s=0.3) as source:
@@ -336,11 +357,17 @@ def test_an_address_where_nothing_is_is_an_input_error(web_server: str) -> None:
         open_source(f"{web_server}/missing.mp4")
 
 
+def test_text_on_a_web_server_is_no_live_video(web_server: str, tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text("hello\n" * 99)
+    with pytest.raises(InputError, match="no video in it"):
+        open_source(f"{web_server}/page.txt")
+
+
 has_gstreamer = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="needs GStreamer (gst-launch-1.0)")
 
 
 @has_gstreamer
-@pytest.mark.parametrize("sink", ["", " ! appsink drop=true max-buffers=1"])
+@pytest.mark.parametrize("sink", ["", " ! appsink drop=true max-buffers=1", "!appsink"])
 def test_a_gstreamer_pipeline(sink: str) -> None:
     pipeline = (
         f"videotestsrc is-live=true num-buffers=20 pattern=red ! video/x-raw,width=64,height=48,framerate=30/1{sink}"
@@ -374,6 +401,32 @@ def test_a_gstreamer_pipeline_that_falls_silent_is_lost() -> None:
             within(20, lambda: [connection.read() for _ in range(100)])
     finally:
         connection.close()
+
+
+@has_gstreamer
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for the process as Linux shows it")
+def test_a_gstreamer_pipeline_does_not_outlive_the_process_that_left_it() -> None:
+    code = """
+import subprocess, threading
+from aicsd_deploy.video import streams
+started, popen = threading.Event(), subprocess.Popen
+def watched(*args, **kwargs):
+    process = popen(*args, **kwargs)
+    print(process.pid, flush=True)
+    started.set()
+    return process
+subprocess.Popen = watched
+silent = "videotestsrc is-live=true ! valve drop=true"
+threading.Thread(target=streams.GStreamerConnection, args=(silent,), daemon=True).start()
+started.wait(30)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=True)
+    process = Path(f"/proc/{int(done.stdout)}/cmdline")
+
+    def gone() -> bool:
+        return not process.exists() or process.read_bytes() == b""  # as of one that nobody has asked for its exit code
+
+    within(20, lambda: [time.sleep(0.05) for _ in iter(gone, True)])
 
 
 @has_gstreamer

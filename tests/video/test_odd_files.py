@@ -191,6 +191,30 @@ def test_a_file_is_read_whatever_its_name_could_mean(
         assert (len(list(source)), source.name) == (3, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_pipeline"),
+    [
+        ("videotestsrc!appsink", True),
+        ("v4l2src device=/dev/video0 !videoconvert", True),
+        ("v4l2src! video/x-raw,width=640 !videoconvert", True),
+        ("rtspsrc location=rtsp://cam/1 ! decodebin", True),
+        ("videotestsrc\n!\nvideoconvert", True),
+        ("what a day!.mp4", False),
+        ("a!b.mp4", False),
+        ("2024!new/a.mp4", False),
+    ],
+)
+def test_a_pipeline_is_told_from_a_file_that_is_not_there(
+    name: str, is_pipeline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aicsd_deploy.video.streams.open_gstreamer", lambda spec: spec)
+    if is_pipeline:
+        assert open_source(name) == name
+    else:
+        with pytest.raises(InputError, match="does not exist"):
+            open_source(name)
+
+
 def test_a_pipeline_longer_than_a_file_name_may_be_is_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = "videotestsrc" + " ! videoconvert" * 30
     monkeypatch.setattr("aicsd_deploy.video.streams.open_gstreamer", lambda spec: spec)
@@ -324,6 +348,21 @@ def test_a_video_without_sound_is_refused_and_nothing_is_left(tmp_path: Path, su
     with open_source(str(path)) as source, pytest.raises(InputError, match=says):
         Mp4Sink(tmp_path / "new" / f"out{suffix}", audio_of=str(path)).open(source)
     assert [p.name for p in tmp_path.iterdir()] == ["in.mp4"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for open files as Linux shows them")
+def test_the_file_with_the_sound_is_closed(with_sound: Path, tmp_path: Path) -> None:
+    sink = Mp4Sink(tmp_path / "out.mp4", audio_of=str(with_sound))
+    with open_source(str(with_sound)) as source:
+        process_video(source, Threshold(), sink, overlay=Overlay(CLASSES))
+    assert with_sound not in [path.resolve() for path in Path("/proc/self/fd").iterdir()]
+
+
+def test_sound_that_cannot_be_had_is_told_without_its_password(tmp_path: Path) -> None:
+    source = Numbered(3)
+    source.name = "http://…@127.0.0.1:9/x"
+    with pytest.raises(InputError, match=r"^http://…@127\.0\.0\.1:9/x has no sound"):
+        Mp4Sink(tmp_path / "out.mp4", audio_of="http://me:secret@127.0.0.1:9/x").open(source)
 
 
 def test_the_sound_of_a_live_source_is_refused(tmp_path: Path) -> None:

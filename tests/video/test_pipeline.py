@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from video_helpers import CLASSES, SHARED_VIDEOS, Numbered, Threshold, encode, g
 
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.video.figures import STAGES
+from aicsd_deploy.video.lanes import Stop
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.sinks import Sink
@@ -126,6 +129,24 @@ def test_max_frames_ends_it() -> None:
     assert result.ended == "max_frames"
 
 
+def test_max_frames_of_a_live_source_are_those_that_are_shown() -> None:
+    class Comes(Numbered):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for frame in super().__iter__():
+                time.sleep(0.002)
+                yield frame
+
+    class Slow(Collect):
+        def write(self, frame: Frame) -> bool:
+            time.sleep(0.02)
+            return super().write(frame)
+
+    sink = Slow()
+    result = process(Comes(5000, live=True), Threshold(), sink, max_frames=7)
+    assert (len(sink.frames), result.frames_out, result.ended) == (7, 7, "max_frames")
+    assert 7 < result.frames_in < 5000
+
+
 def test_a_slow_sink_makes_a_file_wait() -> None:
     class Slow(Collect):
         def write(self, frame: Frame) -> bool:
@@ -204,6 +225,25 @@ def test_a_viewer_who_has_seen_enough_ends_it() -> None:
     assert sink.closed_with == [None]
 
 
+@pytest.mark.parametrize("silent", [True, False])
+def test_the_end_does_not_wait_for_a_source_that_is_silent(silent: bool) -> None:
+    class Server(Numbered):
+        answers, closed = threading.Event(), False
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            yield from super().__iter__()
+            self.in_time = self.answers.wait(30 if silent else 0)
+
+        def close(self) -> None:
+            self.closed = True
+
+    with Server(3) as source:
+        result = process(source, Threshold(), Collect(enough_at=3))
+    # What a thread still reads from must not be closed: FFmpeg would crash.
+    assert (result.frames_out, source.left, source.closed) == (3, silent, not silent)
+    source.answers.set()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_and_the_file_is_playable(tmp_path: Path, number: int) -> None:
     class Interrupts(Numbered):
@@ -227,6 +267,41 @@ def test_a_signal_ends_it_and_the_file_is_playable(tmp_path: Path, number: int) 
     times, images = read_back(tmp_path / "out.mp4")
     assert len(images) == result.frames_out > 0
     assert times == pytest.approx([n / 25 for n in range(len(images))], abs=1e-3)
+
+
+def test_a_signal_may_come_at_any_moment_of_waiting() -> None:
+    """One that comes while its thread holds a lock that stopping needs would hang; another process sends them, at any moment."""
+    send = "import os, sys, time, random\nfor line in sys.stdin:\n    time.sleep(random.random() / 5000)\n    os.kill(int(line), 2)"
+    code = f"""
+import os, signal, subprocess, sys
+from aicsd_deploy.video.lanes import Stop
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sender = subprocess.Popen([sys.executable, "-c", {send!r}], stdin=subprocess.PIPE, start_new_session=True, text=True)
+for _ in range(10000):
+    with Stop() as stop:
+        print(os.getpid(), file=sender.stdin, flush=True)
+        while not stop.interrupted:
+            stop.wait(1e-6)
+sender.stdin.close()
+sender.wait()
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_a_signal_while_all_are_told_to_stop_does_not_tell_them_again() -> None:
+    told = []
+
+    def tell() -> None:
+        told.append(1)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Stop(also=tell) as stop:
+            stop.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (told, stop.interrupted) == ([1], True)
 
 
 def test_from_file_to_file(tmp_path: Path) -> None:

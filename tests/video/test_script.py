@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from video_helpers import CLASSES, encode, grey_frames, read_back
 
 from aicsd_deploy.cli import needed_packages
+from aicsd_deploy.files import write_png
 from aicsd_deploy.video.flags import parse
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,31 @@ def test_it_segments_a_file_and_says_what_it_did(tmp_path: Path) -> None:
     assert {"mean", "p50", "p90", "p99", "decode", "infer", "render", "encode"} == set(result["latency_ms"])
     assert len(read_back(tmp_path / "out.mp4")[0]) == 12
     assert done.stderr.rstrip().endswith("out.mp4")
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    encode(tmp_path / "in.MP4", grey_frames(3))
+    names = ["OUT.MP4", "OUT.Mkv", "OUT.MOV", "OUT.JSONL"]
+    flags = f"--engine e.onnx --source in.MP4 -o {' -o '.join(names)}"
+    done = run_script(tmp_path, flags, fake_network=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"in.MP4", *names}
+    assert [len(read_back(tmp_path / name)[0]) for name in names[:3]] == [3, 3, 3]
+    assert len((tmp_path / "OUT.JSONL").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [("", ["warning: in.mp4 has 4 frames, but --labels has 6 label maps."]), ("--max-frames 3", [])],
+)
+def test_more_label_maps_than_frames_are_told(tmp_path: Path, flags: str, says: list[str]) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(4))
+    (tmp_path / "labels").mkdir()
+    for number in range(6):
+        write_png(tmp_path / "labels" / f"{number}.png", np.zeros((48, 64), np.uint8))
+    done = run_script(tmp_path, f"--engine e.onnx --source in.mp4 --labels labels {flags}", fake_network=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"warning: .* label maps\.", done.stderr.replace("\n", " ")) == says
 
 
 def test_opacity_reaches_the_picture(tmp_path: Path) -> None:

@@ -179,6 +179,17 @@ def test_the_input_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "in.mp4").read_bytes() == before
 
 
+def test_the_input_is_not_overwritten_with_what_an_error_leaves(tmp_path: Path) -> None:
+    write(tmp_path / "out.partial.mp4", Numbered(3))
+    before = (tmp_path / "out.partial.mp4").read_bytes()
+    source = Numbered(3)
+    source.name = str(tmp_path / "out.partial.mp4")
+    with pytest.raises(InputError, match=r"^\S*out\.partial\.mp4, .* is the input itself"):
+        Mp4Sink(tmp_path / "out.mp4").open(source)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial.mp4"]
+    assert (tmp_path / "out.partial.mp4").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["out.avi", "out", "out.png"])
 def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="must end in"):

@@ -13,7 +13,8 @@ import pytest
 from video_helpers import SHARED_VIDEOS, encode, grey_frames
 
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.video.sources import fit, open_source
+from aicsd_deploy.video.sources import fit, in_order, open_source
+from aicsd_deploy.video.video_file import RESERVED_MATRIX, ToBgr
 
 CORNERS = np.zeros((48, 64, 3), np.uint8)
 CORNERS[:24, :32], CORNERS[:24, 32:], CORNERS[24:, :32] = (0, 0, 255), (0, 255, 0), (255, 0, 0)
@@ -67,6 +68,41 @@ def test_any_pixel_format_comes_out_as_bgr(tmp_path: Path, name: str, codec: str
     expected = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR) if pix_fmt == "gray" else image
     assert len(frames) == 3
     np.testing.assert_allclose(frames[2].image_bgr, expected, atol=6)
+
+
+def test_the_fields_of_an_interlaced_picture_keep_their_own_colours(tmp_path: Path) -> None:
+    """Rows of its chroma belong to one field each; as one picture, the colours of what moves would bleed into each other."""
+    expected = np.empty((96, 128, 3), np.uint8)
+    expected[::2], expected[1::2] = (40, 40, 220), (90, 90, 90)
+    fields = [np.ascontiguousarray(np.broadcast_to(row, expected.shape)) for row in expected[:2]]
+    coded = [
+        av.VideoFrame.from_ndarray(field, format="bgr24").reformat(format="yuv420p").to_ndarray() for field in fields
+    ]
+    woven = coded[0].copy()
+    woven[1:96:2] = coded[1][1:96:2]
+    woven[96:].reshape(-1, 64)[1::2] = coded[1][96:].reshape(-1, 64)[1::2]  # U, then V, 48 rows each
+    with av.open(str(tmp_path / "in.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"x264-params": "tff=1:crf=5"})
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        for number in range(3):
+            frame = av.VideoFrame.from_ndarray(woven, format="yuv420p")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with open_source(str(tmp_path / "in.mp4")) as source:
+        frames = list(source)
+    assert len(frames) == 3
+    np.testing.assert_allclose(frames[2].image_bgr, expected, atol=6)
+
+
+def test_colours_that_ffmpeg_does_not_convert_are_told_or_taken_as_unspecified(tmp_path: Path) -> None:
+    image = np.full((48, 64, 3), (40, 120, 200), np.uint8)
+    path = encode(tmp_path / "ycgco.mp4", [image] * 3, options={"colorspace": "8"})
+    with pytest.raises(InputError, match=r"cannot convert the colours .*yuv420p with matrix 8"):
+        open_source(str(path))
+    frame = av.VideoFrame.from_ndarray(image, format="bgr24").reformat(format="yuv420p")
+    frame.colorspace = RESERVED_MATRIX
+    np.testing.assert_allclose(ToBgr()(frame), image, atol=6)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +163,13 @@ def test_a_folder_is_read_in_the_order_of_its_numbers_and_fitted_to_the_first_si
     assert {f.image_bgr.shape for f in frames} == {(40, 60, 3)}
     assert [f.time_s for f in frames] == pytest.approx([0, 0.04, 0.08])
     assert source.skipped == 1
+
+
+def test_names_with_the_same_number_have_an_order_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["01.png", "001.png", "1.png", "2.png"]
+    for given in (names, names[::-1]):  # as a file system may have them
+        monkeypatch.setattr(Path, "iterdir", lambda folder, given=given: iter(tmp_path / name for name in given))
+        assert [path.name for path in in_order(tmp_path, (".png",))] == ["001.png", "01.png", "1.png", "2.png"]
 
 
 def test_a_folder_leaves_out_hidden_files_and_counts_a_picture_that_claims_too_much(tmp_path: Path) -> None:
