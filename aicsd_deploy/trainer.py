@@ -152,7 +152,7 @@ class Trainer:
         self.network.train()
         clock.restart()
         bar = progress(f"training {self.metadata.model}", self._total - at.step)
-        with closing(batches), bar as advance, profiled(trace) as profile:
+        with closing(batches), bar as advance, profiled(trace, steps=self._total - at.step) as profile:
             for batch in clock.waiting_for(batches):
                 logs = at.step % config.log_every == 0 or at.step == self._total - 1
                 values = self._take(batch, logs=logs)
