@@ -241,7 +241,8 @@ class Trainer:
         scores = matrix.scores(self.metadata.class_names)
         at.validated = at.step
         if self._log is not None:
-            self._log.write(at.step, epoch=epoch, val=scores.to_dict())
+            constant = {"label_pixels"}  # summary.json has them
+            self._log.write(at.step, epoch=epoch, val={k: v for k, v in scores.to_dict().items() if k not in constant})
         if at.best is not None and scores.miou <= at.best:
             return
         at.best = scores.miou

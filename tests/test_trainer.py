@@ -162,6 +162,10 @@ def test_a_run_leaves_everything_that_the_readme_names(trained: Path) -> None:
     assert summary["teacher"]["miou"] == pytest.approx(teacher["miou"])
     assert teacher["miou"] > 0.8, "the blocks are easy: a training that works learns them"
     assert summary["miou"] > 0.8
+    assert summary["label_pixels"].keys() == summary["per_class_iou"].keys()
+    validations = [line["val"] for line in log_lines(trained / "runs/student") if "val" in line]
+    assert validations
+    assert not any("label_pixels" in scores for scores in validations), "it never changes"
 
 
 def test_every_term_its_gradient_and_alpha_are_logged(trained: Path) -> None:
