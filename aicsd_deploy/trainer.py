@@ -166,6 +166,8 @@ class Trainer:
                 elif distributed.world_size() == 1:
                     self.stop.raise_if_received()
                 if due:
+                    if at.validated == 0:  # a run that is killed now must not have a best.pt alone
+                        self._save()
                     self._validate()
                     note = f"epoch {at.step // self._per_epoch}/{config.epochs}, best val mIoU {percent(at.best)}"
                     self._save()

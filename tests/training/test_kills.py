@@ -75,7 +75,9 @@ def test_killed_at_any_rename_or_moment_and_resumed_equals_uninterrupted(work: P
     renames = [(1, False), (2, False), (2, True), (3, False), (3, True), (4, False)]
     cases = [{"at": "replace", "n": n, "after": after} for n, after in renames]
     cases += [{"at": "step", "n": 8}, {"at": "validate", "n": 7}, {"at": "write", "n": 3}]
-    cases = [{**case, "argv": argv(f"killed{i}")} for i, case in enumerate(cases)]
+    # The first state that is kept is that of a validation: best.pt must not be there without it.
+    unsaved = [{"at": "replace", "n": n, "after": True, "besides": ["--save-every", 100]} for n in (1, 2)]
+    cases = [{**c, "argv": argv(f"killed{i}", *c.pop("besides", []))} for i, c in enumerate([*cases, *unsaved])]
     assert strike(work, cases) == [-signal.SIGKILL] * len(cases)
     for i in range(len(cases)):
         resume(work, f"killed{i}")
