@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
 from aicsd_deploy.data.transforms import Augmentation
 from aicsd_deploy.errors import AicsdError, InputError, Preempted, first_line
+from aicsd_deploy.files import DISK_FULL
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models.checkpointing import checkpoint_activations
 from aicsd_deploy.runtime.torch_backend import TorchBackend
@@ -98,7 +98,7 @@ class Trainer:
                     "Started again with --resume auto, it goes on."
                 ) from None
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in DISK_FULL:
                     raise
                 raise AicsdError(
                     f"{self.out} cannot be written to: {error.strerror}. Its {LAST} is whole. Make room, then go on with "
