@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
 import signal
 import sys
@@ -193,9 +194,18 @@ def needed_packages() -> Iterator[None]:
         _fail("interrupted", 130)
 
 
-def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
+def run(command: Callable[[Sequence[str] | None], None], *, parallel: bool = False) -> NoReturn:
     """Run a command and end the process: 0 done, 2 bad input, 3 verification failed, 75 saved and to be started
-    again, 130 interrupted, 143 terminated, 1 a fault of ours."""
+    again, 130 interrupted, 143 terminated, 1 a fault of ours.
+
+    Args:
+        command: what to run.
+        parallel: it shares its work between the processes that torchrun starts; of other commands, the first process does all.
+    """
+    rank = os.environ.get("RANK", "0")
+    if not parallel and rank != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
+        say(f"process {rank}: nothing to do, since one process does all of this command.")
+        sys.exit(0)
     # SIGTERM would end the process here and now, files half written.
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
