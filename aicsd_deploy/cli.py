@@ -158,6 +158,21 @@ def output_file(text: str) -> Path:
     return Path(text)
 
 
+def add_run_flags(parser: argparse.ArgumentParser, *, folder: str) -> None:
+    """Add `--out`, whose default `folder` is to be shown, and `--resume`, which `resumes` reads."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"run folder (default: {folder})")
+    parser.add_argument(
+        "--resume", choices=["no", "auto"], default="no", help="auto: go on with the run in --out if there is one"
+    )
+
+
+def resumes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bool:
+    """Return what `--resume` says; without an --out to go on with, end with a message."""
+    if args.resume == "auto" and args.out is None:
+        parser.error("--resume auto goes on with the run in --out, and none is named.")
+    return bool(args.resume == "auto")
+
+
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     """Add `--json FILE`, which `write_result` serves."""
     parser.add_argument(
