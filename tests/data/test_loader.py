@@ -68,7 +68,7 @@ def test_a_worker_that_is_stuck_does_not_outlive_its_loader(folder_data: Path, m
         nonlocal loaded
         loaded += 1
         if loaded == 3:
-            time.sleep(600)
+            time.sleep(30)
         return good(dataset, index)
 
     monkeypatch.setattr(FileDataset, "load", stuck_at_the_third)
