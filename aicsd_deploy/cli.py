@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
 import signal
 import sys
@@ -157,6 +158,21 @@ def output_file(text: str) -> Path:
     return Path(text)
 
 
+def add_run_flags(parser: argparse.ArgumentParser, *, folder: str) -> None:
+    """Add `--out`, whose default `folder` is to be shown, and `--resume`, which `resumes` reads."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"run folder (default: {folder})")
+    parser.add_argument(
+        "--resume", choices=["no", "auto"], default="no", help="auto: go on with the run in --out if there is one"
+    )
+
+
+def resumes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bool:
+    """Return what `--resume` says; without an --out to go on with, end with a message."""
+    if args.resume == "auto" and args.out is None:
+        parser.error("--resume auto goes on with the run in --out, and none is named.")
+    return bool(args.resume == "auto")
+
+
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     """Add `--json FILE`, which `write_result` serves."""
     parser.add_argument(
@@ -193,9 +209,18 @@ def needed_packages() -> Iterator[None]:
         _fail("interrupted", 130)
 
 
-def run(command: Callable[[Sequence[str] | None], None]) -> NoReturn:
+def run(command: Callable[[Sequence[str] | None], None], *, parallel: bool = False) -> NoReturn:
     """Run a command and end the process: 0 done, 2 bad input, 3 verification failed, 75 saved and to be started
-    again, 130 interrupted, 143 terminated, 1 a fault of ours."""
+    again, 130 interrupted, 143 terminated, 1 a fault of ours.
+
+    Args:
+        command: what to run.
+        parallel: it shares its work between the processes that torchrun starts; of other commands, the first process does all.
+    """
+    rank = os.environ.get("RANK", "0")
+    if not parallel and rank != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
+        say(f"process {rank}: nothing to do, since one process does all of this command.")
+        sys.exit(0)
     # SIGTERM would end the process here and now, files half written.
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file cannot grow: no room on the disk, none left to the user, or too large for its file system."""
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
                 os.fsync(written.fileno())
             temporary.replace(path)
     except OSError as error:
-        if error.errno in _FULL and not error.filename:  # the system does not say for which file
+        if error.errno in DISK_FULL and not error.filename:  # the system does not say for which file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:

@@ -52,8 +52,9 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
 
     Without `config.teacher`, the newest teacher under runs/ for this data is taken, and one is trained if there is none.
     """
-    if config.method == "none" and config.teacher is not None:
-        raise InputError("--method none learns from labels alone and takes no --teacher. Leave one of them out.")
+    for flag, value in (("--teacher", config.teacher), ("--class-map", config.class_map)):
+        if config.method == "none" and value is not None:
+            raise InputError(f"--method none learns from labels alone and takes no {flag}. Leave one of them out.")
     distributed.start(choose_device(config.device))
     out = distributed.from_main(out)
     asked, config = config, distributed.from_main(settled(config, out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
 from aicsd_deploy.data.transforms import Augmentation
 from aicsd_deploy.errors import AicsdError, InputError, Preempted, first_line
+from aicsd_deploy.files import DISK_FULL
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models.checkpointing import checkpoint_activations
 from aicsd_deploy.runtime.torch_backend import TorchBackend
@@ -98,7 +98,7 @@ class Trainer:
                     "Started again with --resume auto, it goes on."
                 ) from None
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in DISK_FULL:
                     raise
                 raise AicsdError(
                     f"{self.out} cannot be written to: {error.strerror}. Its {LAST} is whole. Make room, then go on with "
@@ -153,7 +153,7 @@ class Trainer:
         self.network.train()
         clock.restart()
         bar = progress(f"training {self.metadata.model}", self._total - at.step)
-        with closing(batches), bar as advance, profiled(trace) as profile:
+        with closing(batches), bar as advance, profiled(trace, steps=self._total - at.step) as profile:
             for batch in clock.waiting_for(batches):
                 logs = at.step % config.log_every == 0 or at.step == self._total - 1
                 values = self._take(batch, logs=logs)
@@ -167,6 +167,8 @@ class Trainer:
                 elif distributed.world_size() == 1:
                     self.stop.raise_if_received()
                 if due:
+                    if at.validated == 0:  # a run that is killed now must not have a best.pt alone
+                        self._save()
                     self._validate()
                     note = f"epoch {at.step // self._per_epoch}/{config.epochs}, best val mIoU {percent(at.best)}"
                     self._save()
@@ -242,7 +244,8 @@ class Trainer:
         scores = matrix.scores(self.metadata.class_names)
         at.validated = at.step
         if self._log is not None:
-            self._log.write(at.step, epoch=epoch, val=scores.to_dict())
+            constant = {"label_pixels"}  # summary.json has them
+            self._log.write(at.step, epoch=epoch, val={k: v for k, v in scores.to_dict().items() if k not in constant})
         if at.best is not None and scores.miou <= at.best:
             return
         at.best = scores.miou

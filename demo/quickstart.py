@@ -76,4 +76,4 @@ def command(script: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, parallel=True)

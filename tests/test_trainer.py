@@ -70,6 +70,18 @@ def test_resuming_needs_the_name_of_the_run(script: str, trained: Path) -> None:
     assert set((trained / "runs").iterdir()) == before
 
 
+def test_a_best_network_without_a_state_to_go_on_from_is_not_overwritten(trained: Path, tmp_path: Path) -> None:
+    for run, script in (("teacher", "train/teacher.py"), ("student", "train/distill.py")):
+        best = tmp_path / run / "best.pt"
+        best.parent.mkdir()
+        best.write_bytes((trained / "runs" / run / "best.pt").read_bytes())
+        before = best.read_bytes()
+        result = call_script(script, *TINY, "--out", best.parent, "--resume", "auto", cwd=trained)
+        assert result.returncode == 2
+        assert "holds best.pt but no state to go on from" in result.stderr
+        assert best.read_bytes() == before
+
+
 def test_the_result_is_not_written_over_a_network(trained: Path) -> None:
     best = trained / "runs/student/best.pt"
     before = best.read_bytes()
@@ -162,6 +174,10 @@ def test_a_run_leaves_everything_that_the_readme_names(trained: Path) -> None:
     assert summary["teacher"]["miou"] == pytest.approx(teacher["miou"])
     assert teacher["miou"] > 0.8, "the blocks are easy: a training that works learns them"
     assert summary["miou"] > 0.8
+    assert summary["label_pixels"].keys() == summary["per_class_iou"].keys()
+    validations = [line["val"] for line in log_lines(trained / "runs/student") if "val" in line]
+    assert validations
+    assert not any("label_pixels" in scores for scores in validations), "it never changes"
 
 
 def test_every_term_its_gradient_and_alpha_are_logged(trained: Path) -> None:

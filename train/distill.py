@@ -13,7 +13,16 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, keep_apart, needed_packages, run, write_result
+from aicsd_deploy.cli import (
+    Parser,
+    add_json_flag,
+    add_run_flags,
+    keep_apart,
+    needed_packages,
+    resumes,
+    run,
+    write_result,
+)
 from aicsd_deploy.console import percent, say
 from aicsd_deploy.runs import new_run_folder
 
@@ -25,18 +34,14 @@ with needed_packages():
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_config_flags(parser, DistillConfig, renamed={"model": "student"})
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/TIME-STUDENT-METHOD)")
-    parser.add_argument(
-        "--resume", choices=["no", "auto"], default="no", help="auto: go on with the run in --out if there is one"
-    )
+    add_run_flags(parser, folder="runs/TIME-STUDENT-METHOD")
     add_json_flag(parser)
     args = parser.parse_args(argv)
-    if args.resume == "auto" and args.out is None:
-        parser.error("--resume auto goes on with the run in --out, and none is named.")
+    resume = resumes(parser, args)
     config = read_config(DistillConfig, args)
     out = args.out or new_run_folder(f"{config.model}-{config.method}")
     keep_apart(args.json, out / "best.pt", out / "last.pt", Path(config.teacher or ""))
-    summary = distill(config, out, resume=args.resume == "auto")
+    summary = distill(config, out, resume=resume)
     write_result(summary, args.json)
     if summary["teacher"] is not None:
         share = summary["miou"] / max(summary["teacher"]["miou"], 1e-9)
@@ -51,4 +56,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, parallel=True)

@@ -9,9 +9,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
-from aicsd_deploy.cli import Parser, add_json_flag, keep_apart, needed_packages, run, write_result
+from aicsd_deploy.cli import (
+    Parser,
+    add_json_flag,
+    add_run_flags,
+    keep_apart,
+    needed_packages,
+    resumes,
+    run,
+    write_result,
+)
 from aicsd_deploy.console import say
 from aicsd_deploy.runs import new_run_folder
 
@@ -25,17 +33,13 @@ with needed_packages():
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_config_flags(parser, TrainConfig)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/TIME-teacher-MODEL)")
-    parser.add_argument(
-        "--resume", choices=["no", "auto"], default="no", help="auto: go on with the run in --out if there is one"
-    )
+    add_run_flags(parser, folder="runs/TIME-teacher-MODEL")
     parser.add_argument(
         "--check-data", action="store_true", help="only look at the data: ids, pixels per class, a few overlays"
     )
     add_json_flag(parser)
     args = parser.parse_args(argv)
-    if args.resume == "auto" and args.out is None:
-        parser.error("--resume auto goes on with the run in --out, and none is named.")
+    resume = resumes(parser, args)
     config = read_config(TrainConfig, args)
     out = args.out or new_run_folder(f"teacher-{config.model}")
     keep_apart(args.json, out / "best.pt", out / "last.pt")
@@ -50,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_splits(open_dataset(config.data, "train"), open_dataset(config.data, "val"))
         write_result(reports, args.json)
         return
-    summary = train_teacher(config, out, resume=args.resume == "auto")
+    summary = train_teacher(config, out, resume=resume)
     write_result(summary, args.json)
     following = shlex.join(["python", "train/distill.py", "--data", config.data, "--teacher", str(out / "best.pt")])
     say(f"run folder: {out}\nnext: {following}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, parallel=True)

@@ -146,6 +146,10 @@ def training_batches(
             # Left to the garbage collector, they outlive an error that refers to them; and since they ignore SIGTERM, Python
             # would wait for them for ever when it ends.
             loaded._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in loaded._workers:  # type: ignore[attr-defined]
+                if worker.is_alive():  # stuck, in a file on a server that does not answer for one
+                    worker.kill()
+                    worker.join()
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -1,9 +1,9 @@
 """PASCAL VOC 2012 in its official layout, alone or with the extra labels of SBD (`trainaug`).
 
 `voc:PATH` holds `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}`, as torchvision has it.
-`vocaug:PATH` is the same with the 10,582 training images that papers use: either `SegmentationClassAug/` and
-`ImageSets/Segmentation/trainaug.txt` lie in VOC2012, or SBD's own `benchmark_RELEASE/dataset/{cls,train.txt,val.txt}` lies
-beside VOCdevkit (Hariharan et al., "Semantic Contours from Inverse Detectors", ICCV 2011).
+`vocaug:PATH` is the same with the 10,582 training images that papers use: either `SegmentationClassAug/` lies
+in VOC2012, in VOCdevkit or beside it, and `trainaug.txt` with VOC's own lists, or SBD's own
+`benchmark_RELEASE/dataset/{cls,train.txt,val.txt}` lies in one of these places (Hariharan et al., "Semantic Contours from Inverse Detectors", ICCV 2011).
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def open_vocaug(root: Path, split: str) -> FileDataset:
     if split != "train":
         return _dataset(_stems(base, split), base, spec=spec, split=split)
     held_out = set(_stems(base, "val"))
-    labels = base / "SegmentationClassAug"
-    if labels.is_dir():
+    places = (base, *base.parents[:2])
+    labels = next((p / "SegmentationClassAug" for p in places if (p / "SegmentationClassAug").is_dir()), None)
+    if labels is not None:
         stems = _stems(base, "trainaug")
         wrong = [stem for stem in stems if stem in held_out]
         if wrong:
@@ -67,10 +68,11 @@ def open_vocaug(root: Path, split: str) -> FileDataset:
                 "one: scores would be of images that were trained on. Take them out of trainaug.txt."
             )
         return _dataset(stems, base, labels={stem: labels / f"{stem}.png" for stem in stems}, spec=spec, split=split)
-    sbd = next((d for d in (root / "benchmark_RELEASE/dataset", root / "sbd", root) if (d / "cls").is_dir()), None)
+    releases = (*(p / "benchmark_RELEASE/dataset" for p in places), root / "sbd", root)
+    sbd = next((d for d in releases if (d / "cls").is_dir()), None)
     if sbd is None:
         raise InputError(
-            f"{root} holds VOC 2012 but no labels of SBD: neither {labels} nor {root / 'benchmark_RELEASE/dataset/cls'} is "
+            f"{root} holds VOC 2012 but no labels of SBD: neither {base / 'SegmentationClassAug'} nor {root / 'benchmark_RELEASE/dataset/cls'} is "
             "there. Put one of them there, or use voc:PATH."
         )
     own = _stems(base, "train")

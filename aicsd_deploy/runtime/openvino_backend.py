@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,16 @@ from aicsd_deploy.runtime.operators import stages
 
 
 def import_openvino() -> Any:
-    """Return the module `openvino`.
+    """Return the module `openvino`, imported without its telemetry.
+
+    That tells the maker, unasked, that OpenVINO was imported, from a fork of this process with its threads, in which locks that
+    other threads held stay locked: it may never end.
 
     Raises:
         MissingDependencyError: it is not installed.
     """
+    absent: Any = None  # what makes an import fail; OpenVINO then takes a stand-in that sends nothing
+    hidden = sys.modules.setdefault("openvino_telemetry", absent) is absent
     try:
         import openvino
         import openvino.frontend
@@ -28,6 +34,9 @@ def import_openvino() -> Any:
         raise MissingDependencyError(
             "Files made with --target openvino need OpenVINO. Install it with: pip install 'aicsd-deploy[openvino]'"
         ) from error
+    finally:
+        if hidden:
+            del sys.modules["openvino_telemetry"]
     return openvino
 
 

@@ -25,7 +25,8 @@ class LastCheckpoints:
         """Return the newest state that is whole; None where the run has not saved any yet.
 
         Raises:
-            InputError: there are states, and all of them are damaged or of something else than a training.
+            InputError: there are states, and all of them are damaged or of something else than a training; or there is none
+                beside a best.pt, which a run that starts anew would overwrite.
         """
         for leftover in self.folder.glob(".*.tmp*"):  # of a write that was killed
             leftover.unlink(missing_ok=True)  # another process may have been quicker
@@ -43,6 +44,11 @@ class LastCheckpoints:
             return checkpoint
         if last.exists() or self._older():
             raise InputError(f"Every saved state in {self.folder} is damaged. Start again with another --out.")
+        if (self.folder / BEST).exists():
+            raise InputError(
+                f"{self.folder} holds {BEST} but no state to go on from ({LAST} and those before it are gone), and a run that "
+                f"starts anew would overwrite {BEST}. Give another --out; there, --init {self.folder / BEST} starts from its weights."
+            )
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:

@@ -108,13 +108,17 @@ def peak_memory_gib(*, cuda: bool) -> float:
 
 
 @contextmanager
-def profiled(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Record a few steps, from the fourth on, into a Chrome trace at `path`; with None nothing is recorded.
+def profiled(path: Path | None, *, steps: int) -> Iterator[Callable[[], None]]:
+    """Record a few steps into a Chrome trace at `path`; with None nothing is recorded.
+
+    Args:
+        path: the trace.
+        steps: how many there will be. The first three are passed over, or all but one where there are fewer than four.
 
     Yields:
         What is to be called after each step.
     """
-    if path is None:
+    if path is None or steps < 1:
         yield lambda: None
         return
 
@@ -122,6 +126,7 @@ def profiled(path: Path | None) -> Iterator[Callable[[], None]]:
         with atomic_path(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
 
-    schedule = torch.profiler.schedule(wait=1, warmup=2, active=PROFILED_STEPS, repeat=1)
+    passed = min(3, steps - 1)
+    schedule = torch.profiler.schedule(wait=max(passed - 2, 0), warmup=min(passed, 2), active=PROFILED_STEPS, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
         yield profiler.step

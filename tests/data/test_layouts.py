@@ -138,6 +138,10 @@ def test_vocaug_from_sbds_own_release(tmp_path: Path) -> None:
     assert dataset.load(4)[1][:6, 0].tolist() == [0] * 5 + [7]
     # MATLAB stores column by column, and OpenCV refuses a picture like that.
     assert len(write_overlays(Subset(dataset, [4]), tmp_path / "look")) == 1
+    for root in (tmp_path / "VOCdevkit", tmp_path / "VOCdevkit/VOC2012"):
+        assert len(open_dataset(f"vocaug:{root}", "train")) == 6, (
+            "the release lies beside VOCdevkit, whichever is named"
+        )
     (tmp_path / "benchmark_RELEASE/dataset/cls/2008_000002.mat").write_bytes(b"no mat")
     with pytest.raises(InputError, match=r"2008_000002\.mat is no label file of SBD"):
         dataset.load(5)
@@ -155,13 +159,13 @@ def test_vocaug_without_sbds_lists_is_not_plain_voc(tmp_path: Path) -> None:
         open_dataset(f"vocaug:{tmp_path}", "train")
 
 
-def test_vocaug_from_the_usual_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [".", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_vocaug_from_the_usual_folder(place: str, tmp_path: Path) -> None:
     base = write_voc(tmp_path) / "VOCdevkit/VOC2012"
-    (base / "SegmentationClassAug").mkdir()
+    labels = tmp_path / place / "SegmentationClassAug"
+    labels.mkdir()
     for i in range(4):
-        Image.fromarray(np.full((40, 56) if i % 2 else (56, 40), 3, np.uint8)).save(
-            base / f"SegmentationClassAug/2007_{i:06d}.png"
-        )
+        Image.fromarray(np.full((40, 56) if i % 2 else (56, 40), 3, np.uint8)).save(labels / f"2007_{i:06d}.png")
     listed = base / "ImageSets/Segmentation/trainaug.txt"
     listed.write_text("".join(f"2007_{i:06d}\n" for i in range(4)))
     assert (open_dataset(f"vocaug:{tmp_path}", "train").load(3)[1] == 3).all()

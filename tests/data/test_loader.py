@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from aicsd_deploy.data.dataset import FileDataset, LabelledImage
 from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.data.transforms import Augmentation
 from aicsd_deploy.errors import InputError
 
 
-def batches(
+def loader_of(
     root: Path,
     *,
     start: int = 0,
@@ -23,9 +28,9 @@ def batches(
     total: int = 8,
     batch_size: int = 5,
     share: tuple[int, int] = (0, 1),
-) -> list[Batch]:
+) -> Generator[Batch, None, None]:
     dataset = open_dataset(f"folder:{root}", "train")
-    loader = training_batches(
+    return training_batches(
         dataset,
         Augmentation((32, 40)),
         batch_size=batch_size,
@@ -36,7 +41,10 @@ def batches(
         device=torch.device("cpu"),
         share=share,
     )
-    return list(loader)
+
+
+def batches(root: Path, **options: Any) -> list[Batch]:
+    return list(loader_of(root, **options))
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
@@ -51,6 +59,25 @@ def test_batches_are_alike_from_any_start_and_with_workers(folder_data: Path) ->
     assert same(everything[4:], batches(folder_data, start=4, workers=2))
     assert not same(everything, batches(folder_data, seed=1))
     assert not same(everything[:2], everything[2:4]), "two epochs must differ"
+
+
+def test_a_worker_that_is_stuck_does_not_outlive_its_loader(folder_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, loaded = FileDataset.load, 0
+
+    def stuck_at_the_third(dataset: FileDataset, index: int) -> LabelledImage:
+        nonlocal loaded
+        loaded += 1
+        if loaded == 3:
+            time.sleep(30)
+        return good(dataset, index)
+
+    monkeypatch.setattr(FileDataset, "load", stuck_at_the_third)
+    before = set(multiprocessing.active_children())
+    loader = loader_of(folder_data, workers=1, batch_size=2)
+    assert len(next(loader).labels_BHW) == 2
+    assert set(multiprocessing.active_children()) > before
+    loader.close()
+    assert set(multiprocessing.active_children()) <= before, "Python would wait for it when it ends"
 
 
 def test_shapes_types_and_the_global_generator(folder_data: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,6 +163,21 @@ def test_an_openvino_file_runs_in_openvino_and_labels_as_the_float_file(exported
         assert stages["network"] > stages["preprocessing"]
         with pytest.raises(InputError, match="takes frames of"):
             after.infer(np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_openvino_is_imported_without_starting_a_process_or_telling_anybody() -> None:
+    """In a new process: this one has imported it."""
+    program = (
+        "import multiprocessing, sys; from aicsd_deploy.runtime.openvino_backend import import_openvino\n"
+        "multiprocessing.Process = lambda *_, **__: print('started')\n"
+        "import_openvino(); import openvino.tools.ovc\n"
+        "print('openvino_telemetry' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}  # where it sends nothing
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    assert result.stdout.split() == ["False"]
 
 
 @pytest.mark.parametrize("target", ["cpu", "openvino"])

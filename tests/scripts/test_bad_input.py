@@ -108,6 +108,10 @@ CASES = {
         "train/distill.py --data folder:data --method none --teacher x.pt --out {o}",
         "takes no",
     ),
+    "distill, none with a class map": (
+        "train/distill.py --data folder:data --method none --class-map x.yaml --out {o}",
+        "takes no --class-map",
+    ),
     "distill, missing teacher": ("train/distill.py --data folder:data --teacher {t}/none.pt --out {o}", "none.pt"),
     "distill, text teacher": ("train/distill.py --data folder:data --teacher {t}/text.pt --out {o}", "text.pt"),
     "distill, cut teacher": ("train/distill.py --data folder:data --teacher {t}/cut.pt --out {o}", "cut.pt"),

@@ -61,6 +61,17 @@ def test_evaluate_writes_the_contract_and_agrees_with_training(trained: Path) ->
     assert {k: summary[k] for k in scores} == scores
 
 
+def test_one_of_several_processes_does_what_they_do_not_share(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun sets; that trainings are shared is tested in tests/training/test_distributed.py."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        result = call_script("train/evaluate.py", "runs/student/best.pt", "--json", "-", cwd=trained)
+        assert result.returncode == 0, result.stderr
+        assert bool(result.stdout) == ("mIoU" in result.stderr) == speaks
+        assert ("process 1: nothing to do" in result.stderr) != speaks
+
+
 def test_a_config_file_sets_what_flags_do_not(trained: Path, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(

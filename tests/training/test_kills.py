@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import torch
 from helpers import CLASSES, NETWORK, REPO, TINY, call_script, log_lines, write_folder_dataset
 
 from aicsd_deploy.checkpoint import Checkpoint
+from aicsd_deploy.files import DISK_FULL
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.tracking import RunLog
 from aicsd_deploy.training.last import LastCheckpoints
@@ -75,7 +75,9 @@ def test_killed_at_any_rename_or_moment_and_resumed_equals_uninterrupted(work: P
     renames = [(1, False), (2, False), (2, True), (3, False), (3, True), (4, False)]
     cases = [{"at": "replace", "n": n, "after": after} for n, after in renames]
     cases += [{"at": "step", "n": 8}, {"at": "validate", "n": 7}, {"at": "write", "n": 3}]
-    cases = [{**case, "argv": argv(f"killed{i}")} for i, case in enumerate(cases)]
+    # The first state that is kept is that of a validation: best.pt must not be there without it.
+    unsaved = [{"at": "replace", "n": n, "after": True, "besides": ["--save-every", 100]} for n in (1, 2)]
+    cases = [{**c, "argv": argv(f"killed{i}", *c.pop("besides", []))} for i, c in enumerate([*cases, *unsaved])]
     assert strike(work, cases) == [-signal.SIGKILL] * len(cases)
     for i in range(len(cases)):
         resume(work, f"killed{i}")
@@ -148,22 +150,23 @@ def test_a_full_disk_leaves_the_state_before_and_says_so(work: Path) -> None:
     assert_same(work, "full")
 
 
-def test_a_disk_that_is_full_when_a_line_is_logged(work: Path) -> None:
-    good = RunLog.write
+@pytest.mark.parametrize("code", DISK_FULL)
+def test_a_disk_that_is_full_when_a_line_is_logged(code: int, work: Path) -> None:
+    good, out = RunLog.write, f"log-{code}"
 
     def fills_up(log: RunLog, step: int, **values: Any) -> None:
         if step == 9:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(code, os.strerror(code))
         good(log, step, **values)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "write", fills_up)
-        result = call_script("train/distill.py", *RUN, "--out", "log", cwd=work)
+        result = call_script("train/distill.py", *RUN, "--out", out, cwd=work)
     assert result.returncode == 2
-    assert "No space left on device" in result.stderr
+    assert os.strerror(code) in result.stderr
     assert "last.pt is whole" in result.stderr
-    resume(work, "log")
-    assert_same(work, "log")
+    resume(work, out)
+    assert_same(work, out)
 
 
 def test_quantisation_aware_training_is_resumed_with_its_ranges(work: Path) -> None:

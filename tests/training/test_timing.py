@@ -44,6 +44,22 @@ def test_phases_and_waiting_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch) 
     assert clock.read(batch_size=8, steps_left=0)["speed"]["images_per_s"] == 4.0
 
 
+@pytest.mark.parametrize(
+    ("steps", "recorded"), [(0, None), (1, 1), (2, 1), (3, 1), (5, 2), (20, timing.PROFILED_STEPS)]
+)
+@pytest.mark.filterwarnings("ignore:Profiler")
+def test_a_short_run_is_profiled_as_far_as_it_goes(steps: int, recorded: int | None, tmp_path: Path) -> None:
+    trace = tmp_path / "profile.json"
+    with timing.profiled(trace, steps=steps) as after_step:
+        for _ in range(steps):
+            with torch.profiler.record_function("work"):
+                pass
+            after_step()
+    events = json.loads(trace.read_text())["traceEvents"] if trace.is_file() else None
+    found = None if events is None else [event.get("name") for event in events].count("work")
+    assert found == recorded
+
+
 def test_the_log_has_the_times_and_a_profile_is_a_chrome_trace(trained: Path, tmp_path: Path) -> None:
     run = [
         *TINY,
