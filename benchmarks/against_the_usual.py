@@ -69,10 +69,11 @@ def usual(metadata: Metadata, logits_of: Callable[[Any], Any]) -> Callable[[UInt
 
 
 def bare_session(path: Path, threads: int | None) -> Callable[[Any], Any]:
-    """Return nothing but an ONNX Runtime session's `run`."""
+    """Return nothing but an ONNX Runtime session's `run`; between its turns its threads leave the others alone."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.intra_op_num_threads = threads or 0  # 0 lets it choose
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

@@ -36,6 +36,9 @@ class OrtBackend(Backend):
         self._path = path
         self._options = options = ort.SessionOptions()
         options.log_severity_level = 4  # what matters is raised below
+        # Between runs its threads wait by spinning, for longer than a frame takes, on cores that others need: another session,
+        # or the rest of a video's pipeline. Those of one that has nothing beside it lose nothing by stopping.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         self._providers = _providers(ort, device)

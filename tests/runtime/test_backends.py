@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,14 @@ def test_bound_input_and_output_give_the_same_labels(trained: Path) -> None:
         found.append(bound(frames))
         np.testing.assert_array_equal(found[-1], expected)
     assert not np.array_equal(found[0], found[1]), "labels are the caller's own, and follow the frames"
+
+
+def test_between_frames_a_session_leaves_the_cores_to_others(trained: Path) -> None:
+    with open_backend(trained / "runs/student/student.onnx", device="cpu", threads=2) as backend:
+        spent_s = []
+        for _ in range(5):  # other threads of this process may have something to do in one of them
+            backend.infer(np.zeros((1, *SIZE_HW, 3), np.uint8))
+            before_s = time.process_time()
+            time.sleep(0.02)
+            spent_s.append(time.process_time() - before_s)
+    assert min(spent_s) < 0.002, "its threads spin"
