@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aicsd_deploy.errors import AicsdError, InputError, first_line
+from aicsd_deploy.errors import AicsdError, InputError, first_line, first_sentence
 from aicsd_deploy.files import atomic_path, existing_file
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
@@ -82,12 +82,14 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         InputError: the file is missing, damaged, or no checkpoint of this toolkit.
     """
     path = existing_file(path, "The checkpoint")
+    if path.suffix in (".onnx", ".plan"):
+        raise InputError(f"{path} is an exported file and no checkpoint. Give the best.pt that it was exported from.")
     try:
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
-            f"{path} is no checkpoint that can be loaded safely, or it is damaged ({first_line(error)}). Give the best.pt or last.pt of a run."
+            f"{path} is no checkpoint that can be loaded safely, or it is damaged ({first_sentence(error)}). Give the best.pt or last.pt of a run."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or "metadata" not in content:
         raise InputError(

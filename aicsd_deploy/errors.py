@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class AicsdError(Exception):
     """Base of every error that is the user's to mend; its text says what is wrong, why it matters and what to do."""
@@ -12,7 +14,12 @@ class AicsdError(Exception):
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, to be quoted in one of ours."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    return re.sub(r"\x1b\[[0-9;]*m", "", text.splitlines()[0])[:300]  # some are in colour
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return only the first sentence: what `torch.load` says next is how to load unsafely."""
+    return first_line(error).partition(". ")[0]
 
 
 class InputError(AicsdError):

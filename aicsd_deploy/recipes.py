@@ -231,6 +231,11 @@ def _ready_teacher(
     backend = TorchBackend(network, metadata, device=device)
     miou = evaluate_together(backend, val_data, title="scoring the teacher").scores(metadata.class_names).miou
     say(f"teacher's val mIoU: {percent(miou)} %")
+    if miou < 1 / len(metadata.classes):
+        say(
+            "warning: that is no better than one class everywhere. Are its classes in the order of the data set's, and is it "
+            "given the colours and the size that it was trained on?"
+        )
     return nn.Sequential(Normalize(teacher.metadata), network).to(device).eval(), miou
 
 

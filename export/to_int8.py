@@ -42,34 +42,31 @@ with needed_packages():
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "onnx", type=Path, nargs="?", help="float32 file of export/to_onnx.py (default: the newest under runs/)"
+    add = parser.add_argument
+    add("onnx", type=Path, nargs="?", help="float32 file of export/to_onnx.py (default: the newest under runs/)")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write (default: student.int8.onnx, or student.TARGET.int8.onnx for another target than cpu)",
     )
-    parser.add_argument(
-        "-o", "--out", type=Path, metavar="FILE", help="file to write (default: student.int8.onnx beside it)"
-    )
-    parser.add_argument("--target", choices=TARGETS, default="cpu", help="what will run it")
-    parser.add_argument(
-        "--data", metavar="SPEC", help=f"images with labels: {SPEC_HELP} (default: what it was trained on)"
-    )
-    parser.add_argument("--frames", type=positive_int, metavar="N", default=32, help="training images to calibrate on")
-    parser.add_argument(
-        "--method", choices=["best", *METHODS], default="best", help="how ranges are chosen; best tries every way"
-    )
-    parser.add_argument(
+    add("--target", choices=TARGETS, default="cpu", help="what will run it")
+    add("--data", metavar="SPEC", help=f"images with labels: {SPEC_HELP} (default: what it was trained on)")
+    add("--frames", type=positive_int, metavar="N", default=32, help="training images to calibrate on")
+    add("--method", choices=["best", *METHODS], default="best", help="how ranges are chosen; best tries every way")
+    add(
         "--max-miou-drop",
         type=fraction_of_100,
         metavar="POINTS",
         default="1",
         help="points of mIoU that may be lost; layers are left in float until it holds",
     )
-    parser.add_argument(
-        "--keep-float", choices=["first", "last"], nargs="+", default=[], help="layers left in float anyway"
-    )
+    add("--keep-float", choices=["first", "last"], nargs="+", default=[], help="layers left in float anyway")
     add_json_flag(parser)
     args = parser.parse_args(argv)
     source = args.onnx or newest_artifact(float_only=True)
-    out = args.out or source.with_suffix(".int8.onnx")
+    out = args.out or source.with_suffix(".int8.onnx" if args.target == "cpu" else f".{args.target}.int8.onnx")
     if source.suffix != ".onnx":
         raise InputError(
             f"{source} is not an ONNX file. Export the checkpoint first: python export/to_onnx.py {source}"
@@ -110,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"In programs of your own, open it with disabled_optimizers={DISABLED_OPTIMIZERS}: it has float layers.")
     if args.target in ("cpu", "openvino") and times[1].p50_ms >= times[0].p50_ms:
         say("INT8 is not faster than float32 on this CPU; use it only for its size.")
-    say(f"{out}\nnext: python demo/benchmark.py {source} {out}")
+    following = f"export/to_trt.py --int8 {out}" if args.target == "tensorrt" else f"demo/benchmark.py {source} {out}"
+    say(f"{out}\nnext: python {following}")
     latency_ms = {"float32": times[0].p50_ms, "int8": times[1].p50_ms}
     write_result({"path": str(out), "p50_ms": latency_ms, "miou_drop": result.drop, **asdict(result)}, args.json)
 

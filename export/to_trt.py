@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines.append(f"mIoU {miou} %, of the reference {before} %, on {card.gate['frames']} images of {card.gate['data']}")
     say("\n".join(lines))
     say(f"{out} ({out.stat().st_size / 1e6:.1f} MB) for {card.runs_on}; what it is: {card_path(out)}")
-    say(f"next: python demo/video.py --engine {out}")
+    where = "" if card.gate["compared"].startswith("the engine") else ", on a machine with such a card"
+    say(f"next{where}: python demo/video.py --engine {out}")
     write_result({"path": str(out), "card": str(card_path(out)), **dataclasses.asdict(card)}, args.json)
 
 

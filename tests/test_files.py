@@ -11,10 +11,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers import REPO
 
+from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import atomic_path, write_json, write_png
+from aicsd_deploy.files import atomic_path, existing_file, write_json, write_png
 from aicsd_deploy.metadata import Metadata, SegClass
 
 
@@ -141,3 +143,23 @@ def test_wrong_metadata_is_refused(change: dict[str, object]) -> None:
         Metadata.from_dict(value, origin="x.onnx")
     with pytest.raises(InputError, match=r"x\.onnx"):
         Metadata.from_json("[1", origin="x.onnx")
+
+
+def test_a_run_folder_in_the_place_of_its_checkpoint_is_told_with_the_name(tmp_path: Path) -> None:
+    (tmp_path / "best.pt").write_bytes(b"weights")
+    with pytest.raises(InputError, match=r"is a folder, not a file\. Give .*best\.pt"):
+        existing_file(tmp_path, "The checkpoint")
+
+
+def test_an_exported_file_in_the_place_of_a_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "student.onnx").write_bytes(b"graph")
+    with pytest.raises(InputError, match="exported file and no checkpoint"):
+        load_checkpoint(tmp_path / "student.onnx")
+
+
+def test_a_file_that_is_no_checkpoint_is_not_answered_with_how_to_load_it_unsafely(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "whole.pt")
+    with pytest.raises(InputError, match=r"Give the best\.pt") as caught:
+        load_checkpoint(tmp_path / "whole.pt")
+    assert "Re-running" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)

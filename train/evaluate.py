@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = parser.add_argument_group("protocol of papers (checkpoints only)")
     protocol.add_argument("--native", action="store_true", help="show images at their own size")
     protocol.add_argument("--window", type=size_hw, metavar="HxW", help="in overlapping windows of this size, averaged")
-    protocol.add_argument("--scales", type=scales, metavar="A,B,…", default=(1.0,), help="at these scales, averaged")
+    protocol.add_argument("--scales", type=scales, metavar="A,B,…", default="1", help="at these scales, averaged")
     protocol.add_argument("--flip", action="store_true", help="mirrored too, averaged")
     add_json_flag(parser)
     args = parser.parse_args(argv)

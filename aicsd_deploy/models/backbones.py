@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as tv
 
-from aicsd_deploy.errors import InputError, first_line
+from aicsd_deploy.errors import InputError, first_sentence
 from aicsd_deploy.files import existing_file
 
 
@@ -99,7 +99,7 @@ def _load_weights(network: nn.Module, path: Path | None) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
-            f"{path} is not a weights file that can be loaded safely ({type(error).__name__}: {first_line(error)}). "
+            f"{path} is not a weights file that can be loaded safely ({type(error).__name__}: {first_sentence(error)}). "
             "It must be a plain state dict saved by torch.save, or .safetensors."
         ) from error
     own = {k: v.shape for k, v in network.state_dict().items()}
