@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,29 @@ def test_the_running_mean_gets_its_ranges_of_int8_back(batch: Batch) -> None:
         first, second = (taker.validated_network.eval()(batch.images_BCHW) for taker in takers)
     assert first.std() > 0
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        *((method, {}) for method in ("none", "kd", "icsd", "aicsd", "cwd", "dist", "at", "sp", "ickd")),
+        ("kd", {"teacher_errors": "weigh", "teacher_confidence": 0.5}),
+        ("aicsd", {"teacher_errors": "mask", "icsd_classes": "present", "distill_size": "full"}),
+    ],
+)
+def test_a_step_asks_for_no_value(method: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On PyTorch's device without data, what would make a GPU wait, or mix it with the CPU, is an error.
+
+    That device has no autocast and no fused optimiser, so they are left out.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    with torch.device("meta"):
+        student, teacher = Network(0, nn.BatchNorm2d), Network(1)
+        images, labels = torch.empty(4, 3, 16, 16, dtype=torch.uint8), torch.empty(4, 16, 16, dtype=torch.long)
+    layers = {"student_layer": "layers.0", "teacher_layer": "layers.0"}
+    about = MethodConfig(method=method, **layers, **settings)
+    loss = Distiller(student, None if method == "none" else teacher, about, image_size_hw=(16, 16))
+    config = DistillConfig(accumulate=2, ema=0.9, batch_size=4)
+    taker = TrainStep(student, loss, config, torch.device("meta"), autocast=None)
+    monkeypatch.setattr(taker.optimizer, "step", lambda: None)
+    taker(Batch(images, labels), step=1, total=9, logs=False)
