@@ -274,8 +274,8 @@ class DistillConfig(MethodConfig, TrainConfig):
     ] = Field(
         "off",
         description="go on distilling a trained student (--init; default: the newest under runs/) while its convolutions "
-        "compute as in INT8, so that export/to_int8.py loses less; the value is its --target (tensorrt also for openvino and both), "
-        "cpu where none is given",
+        "and linear layers compute as in INT8, so that export/to_int8.py loses less; the value is its --target (tensorrt also for "
+        "openvino and both), cpu where none is given",
     )
     model: str = Field(
         "lraspp_mobilenetv2",

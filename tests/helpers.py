@@ -135,7 +135,7 @@ def random_checkpoint(
         for _ in range(30):
             network(images)
         # Every class is made to win somewhere, so that a wrong graph shows.
-        last = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.bias is not None][-1]
+        last = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None][-1]
         last.bias -= network.eval()(images).mean(dim=(0, 2, 3))
     save_checkpoint(path, Checkpoint(metadata, network.state_dict()))
     return load_checkpoint(path)

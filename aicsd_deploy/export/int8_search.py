@@ -136,7 +136,7 @@ def _scores(backend: Backend, dataset: SegmentationDataset, title: str) -> Score
 
 
 def _layer_costs(quantizer: Quantizer, dataset: SegmentationDataset, method: str) -> dict[str, float]:
-    """Return, for each layer, the share of pixels whose label changes when it is the only convolution that is quantised."""
+    """Return, for each layer, the share of pixels whose label changes when it is the only one that is quantised."""
     frames = frames_for_comparison(dataset, count=COMPARED_FRAMES)
     costs = {}
     with tempfile.TemporaryDirectory(prefix="aicsd.int8.") as folder:

@@ -44,9 +44,11 @@ all but the outermost 0.001 %."""
 # Weights keep all eight bits. CPUs without VNNI add two products in 16 bits and saturate now and then, which 7-bit weights
 # would rule out, but those lost ten times as much on MobileNetV2 (docs/results/int8.md); the proof runs where the file is made.
 
+_LAYERS = ["Conv", "MatMul", "Gemm"]
+"""What has weights to quantise: convolutions and linear layers. Products of two activations, as in attention, stay in float."""
 # Whole chains stay in eight bits: where one operator between two convolutions is left in float, ONNX Runtime converts its
 # input and its output, which costs more than the operator.
-_CHAINS = ["Conv", "Add", "Mul", "Concat", "Clip", "Relu", "MaxPool", "GlobalAveragePool"]
+_CHAINS = [*_LAYERS, "Add", "Mul", "Concat", "Clip", "Relu", "MaxPool", "GlobalAveragePool"]
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,14 @@ class Recipe:
     end: Callable[[onnx.ModelProto], None] | None = None
 
 
-# TensorRT's parser takes symmetric ranges, no quantised bias, and no Q/DQ pair that two convolutions share. Only what
-# convolutions read is rounded: a pair between a convolution and its activation would keep TensorRT from fusing the two.
+# TensorRT's parser takes symmetric ranges, no quantised bias, and no Q/DQ pair that two layers share. Only what
+# layers read is rounded: a pair between a convolution and its activation would keep TensorRT from fusing the two.
 _SYMMETRIC = {
     "ActivationSymmetric": True,
     "WeightSymmetric": True,
     "QuantizeBias": False,
     "DedicatedQDQPair": True,
-    "OpTypesToExcludeOutputQuantization": ["Conv"],
+    "OpTypesToExcludeOutputQuantization": _LAYERS,
 }
 # One step of the first activation is one step of a pixel, so that the pixels need no conversion.
 _PIXEL_RANGE = {
@@ -87,9 +89,9 @@ RECIPES: dict[Target, Recipe] = {
     "cpu": Recipe(
         _CHAINS, QuantType.QUInt8, {"TensorQuantOverrides": _PIXEL_RANGE}, on_pixels=True, end=end_channels_last
     ),
-    "openvino": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC, end=end_in_a_row),
-    "tensorrt": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC),
-    "both": Recipe(["Conv"], QuantType.QInt8, _SYMMETRIC),
+    "openvino": Recipe(_LAYERS, QuantType.QInt8, _SYMMETRIC, end=end_in_a_row),
+    "tensorrt": Recipe(_LAYERS, QuantType.QInt8, _SYMMETRIC),
+    "both": Recipe(_LAYERS, QuantType.QInt8, _SYMMETRIC),
 }
 
 
@@ -97,7 +99,7 @@ class Quantizer:
     """Quantises one float file in several ways; what the calibration frames gave is worked out once per method.
 
     Attributes:
-        layers: names of the convolutions, in the order of the graph.
+        layers: names of the convolutions and linear layers, in the order of the graph.
     """
 
     def __init__(self, source: Path, frames_bgr: Sequence[UInt8Array], *, target: Target) -> None:
@@ -126,9 +128,14 @@ class Quantizer:
             fold_preprocessing(model, self.metadata)
         if self._recipe.end is not None:
             self._recipe.end(model)
-        self.layers = [node.name for node in model.graph.node if node.op_type == "Conv"]
+        constants = {tensor.name for tensor in model.graph.initializer}
+        products = [node for node in model.graph.node if node.op_type in _LAYERS]
+        self.layers = [node.name for node in products if node.input[1] in constants]
+        self._of_activations = [node.name for node in products if node.input[1] not in constants]
         if not self.layers:
-            raise InputError(f"{source} has no convolution, and nothing else is quantised here. Use it as it is.")
+            raise InputError(
+                f"{source} has no convolution and no linear layer, and nothing else is quantised here. Use it as it is."
+            )
         self._scratch = tempfile.TemporaryDirectory(prefix="aicsd.int8.")
         self._source = Path(self._scratch.name) / "float.onnx"
         onnx.save_model(model, str(self._source))
@@ -143,7 +150,7 @@ class Quantizer:
         Args:
             path: where to.
             method: a key of `METHODS`.
-            float_layers: convolutions that are left in float32.
+            float_layers: layers that are left in float32.
             notes: what else the file's provenance is to say.
         """
         recipe = self._recipe
@@ -157,7 +164,7 @@ class Quantizer:
                 per_channel=True,
                 activation_type=recipe.activation_type,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=list(float_layers),
+                nodes_to_exclude=[*float_layers, *self._of_activations],
                 calibrate_method=METHODS[method],
                 calibration_cache_path=Path(self._scratch.name) / f"{method}.json",
                 extra_options=recipe.options

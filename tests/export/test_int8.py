@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from helpers import CLASSES, call_script
 from onnx import numpy_helper
 from test_onnx import frames, random_checkpoint
@@ -90,13 +91,13 @@ class Branching(Scaling):
         return self.layer(images) + self.layer(images.flip(3))
 
 
-class WithoutConvolution(nn.Module):
+class WithoutLayers(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(3, num_classes)
+        self.weight = nn.Parameter(torch.rand(num_classes, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layer(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.weight * images.mean(1, keepdim=True)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ class WithoutConvolution(nn.Module):
     [
         (Scaling, "cpu", "Use --target openvino"),
         (Branching, "cpu", "Use --target openvino"),
-        (WithoutConvolution, "tensorrt", "has no convolution"),
+        (WithoutLayers, "tensorrt", "has no convolution"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused(
@@ -141,6 +142,35 @@ def test_a_tensorrt_file_has_what_its_parser_takes(exported: Path, tmp_path: Pat
     with open_backend(exported) as before, open_backend(tmp_path / "trt.onnx") as after:
         assert compare(before, after, frames()).share > MOSTLY
         assert after.metadata.provenance["int8_target"] == "tensorrt"
+
+
+class Attending(nn.Module):
+    """A convolution, two products of activations as in attention, and two linear layers."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.patches(images)
+        tokens = maps.flatten(2).transpose(1, 2)
+        mixed = torch.softmax(tokens @ tokens.transpose(1, 2), dim=-1) @ tokens
+        return self.layers(tokens + mixed).transpose(1, 2).unflatten(2, maps.shape[2:])
+
+
+@pytest.mark.parametrize("target", ["cpu", "openvino", "tensorrt"])
+def test_linear_layers_are_quantised_and_attention_stays_in_float(target: Target, tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "c.pt", "test_int8:Attending")
+    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    model = quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", target)
+    dequantised = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    products = [n for n in model.graph.node if n.op_type in ("Conv", "MatMul")]
+    eight_bits = [dequantised.issuperset(n.input[:2]) for n in products]
+    assert [n.op_type for n in products] == ["Conv", "MatMul", "MatMul", "MatMul", "MatMul"]
+    assert eight_bits == [True, False, False, True, True]
+    with open_backend(tmp_path / "c.onnx") as before, open_backend(tmp_path / "q.onnx") as after:
+        assert compare(before, after, frames()).share > 0.9
 
 
 def test_an_openvino_file_runs_in_openvino_and_labels_as_the_float_file(exported: Path, tmp_path: Path) -> None:

@@ -36,6 +36,27 @@ def shallow(num_classes: int) -> nn.Module:
     )  # fmt: skip
 
 
+class Tokens(nn.Module):
+    """Linear layers over patches, as in transformers; Hardtanh gives what they read the same range in the file and in training."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.layers = nn.Sequential(
+            nn.LayerNorm(16),
+            nn.Hardtanh(),
+            nn.Linear(16, 32),
+            nn.LayerNorm(32),
+            nn.Hardtanh(),
+            nn.Linear(32, num_classes),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.patches(images)
+        logits: torch.Tensor = self.layers(maps.flatten(2).transpose(1, 2))
+        return logits.transpose(1, 2).unflatten(2, maps.shape[2:])
+
+
 def test_weights_are_rounded_per_output_channel_and_pass_gradients_on() -> None:
     weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1e-3, 50, 0.0]).view(4, 1, 1, 1)  # fmt: skip
     weight.requires_grad_()
@@ -64,23 +85,24 @@ def test_activations_are_rounded_and_cut_off(symmetric: bool, scale: float, expe
     assert values.grad.tolist() == [1, 1, 1, 0], "no gradient from what is cut off"
 
 
-def test_the_imitation_labels_as_the_int8_file_does(tmp_path: Path) -> None:
-    checkpoint = random_checkpoint(tmp_path / "c.pt", "test_fake_quant:shallow")
+@pytest.mark.parametrize("network", ["shallow", "Tokens"])
+def test_the_imitation_labels_as_the_int8_file_does(network: str, tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "c.pt", f"test_fake_quant:{network}")
     export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
     size = checkpoint.metadata.image_size_hw
     frames = [resize_image(f, size) for f in frames_for_comparison(open_dataset("synthetic", "train"), count=4)]
     quantizer = Quantizer(tmp_path / "c.onnx", frames, target="tensorrt")
     quantizer.write(tmp_path / "q.onnx", method="minmax", notes={})
     quantizer.close()
-    network = checkpoint.build()
-    ranges = imitate_int8(network, symmetric=True)
+    imitating = checkpoint.build()
+    ranges = imitate_int8(imitating, symmetric=True)
     with torch.no_grad():
         pixels = torch.from_numpy(np.concatenate([as_input(frame, checkpoint.metadata) for frame in frames]))
-        DeployModule(network, checkpoint.metadata).train()(pixels)
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    scales = [input_scale(onnx.load(tmp_path / "q.onnx"), module.weight) for module in convolutions]
+        DeployModule(imitating, checkpoint.metadata).train()(pixels)
+    layers = [module for module in imitating.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    scales = [input_scale(onnx.load(tmp_path / "q.onnx"), module.weight) for module in layers]
     assert [low_high.abs().max().item() / 127 for low_high in ranges.values()] == pytest.approx(scales, rel=0.01)
-    imitated = TorchBackend(network, checkpoint.metadata, device=CPU)
+    imitated = TorchBackend(imitating, checkpoint.metadata, device=CPU)
     plain = TorchBackend(checkpoint.build(), checkpoint.metadata, device=CPU)
     with OrtBackend(tmp_path / "q.onnx") as int8:
         off, off_without = (1 - compare(int8, other, frames, sizes=[size]).share for other in (imitated, plain))
@@ -89,13 +111,16 @@ def test_the_imitation_labels_as_the_int8_file_does(tmp_path: Path) -> None:
 
 
 def input_scale(model: onnx.ModelProto, weight: torch.Tensor) -> float:
-    """Return the scale of a convolution's input in a Q/DQ file; the convolution is found by its weight."""
+    """Return the scale of a layer's input in a Q/DQ file; the layer is found by its weight."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     made_by = {name: node for node in model.graph.node for name in node.output}
-    ours = (rounded_weight(weight) / weight.abs().amax(dim=(1, 2, 3), keepdim=True) * 127).abs().detach().numpy()
+    highest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
+    ours = (rounded_weight(weight) / highest * 127).abs().detach().numpy()
+    if ours.ndim == 2:  # the file has (in, out)
+        ours = ours.T
     distances = {}
     for node in model.graph.node:
-        if node.op_type == "Conv":
+        if node.op_type in ("Conv", "MatMul"):
             values, weights = (made_by[name] for name in node.input[:2])
             theirs = np.abs(constants[weights.input[0]].astype(np.float32))
             distance = np.abs(theirs - ours).mean() if theirs.shape == ours.shape else np.inf
