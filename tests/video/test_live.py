@@ -396,11 +396,36 @@ def test_a_gstreamer_pipeline_that_falls_silent_is_lost() -> None:
     connection = GStreamerConnection("videotestsrc is-live=true ! video/x-raw,width=64,height=48")
     try:
         assert connection.read() is not None
-        connection._process.send_signal(signal.SIGSTOP)
+        connection._launched._process.send_signal(signal.SIGSTOP)
         with pytest.raises(ConnectionLostError):
             within(20, lambda: [connection.read() for _ in range(100)])
     finally:
         connection.close()
+
+
+@pytest.fixture
+def clip_pipeline(tmp_path: Path) -> str:
+    """A pipeline that reads 40 frames from a file."""
+    path = encode(tmp_path / "clip.avi", grey_frames(40), codec="mjpeg", pix_fmt="yuvj420p")
+    return f"filesrc location={path} ! avidemux ! jpegdec"
+
+
+@has_gstreamer
+def test_a_gstreamer_pipeline_that_reads_a_file_gives_every_frame(clip_pipeline: str) -> None:
+    with open_source(clip_pipeline) as source:
+        time.sleep(0.5)  # the pipeline waits
+        frames = within(20, lambda: list(source))
+    assert (source.live, source.lost, source.size_hw) == (False, False, (48, 64))
+    assert [f.time_s for f in frames] == pytest.approx([n / 25 for n in range(40)], abs=1e-3)
+    np.testing.assert_allclose([f.image_bgr.mean() for f in frames], [i.mean() for i in grey_frames(40)], atol=5)
+
+
+@has_gstreamer
+def test_a_gstreamer_pipeline_that_reads_a_file_and_breaks_is_lost(clip_pipeline: str) -> None:
+    with open_source(f"{clip_pipeline} ! identity error-after=20") as source:
+        frames = within(20, lambda: list(source))
+    assert source.lost
+    assert 10 < len(frames) < 30
 
 
 @has_gstreamer
