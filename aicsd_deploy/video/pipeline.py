@@ -224,13 +224,16 @@ def _fresh(lane: Lane, fps: Fraction) -> Iterator[Frame]:
     """Give a live source's frames, none of which has waited for more than half a frame time if the next one is on time.
 
     A network that is slower than the source finds a frame that has waited for anything up to a frame time. Where the next
-    one is due sooner than this one came, waiting for it costs less than its age would.
+    one is due sooner than this one came, waiting for it costs less than its age would. The first has waited until the network
+    was loaded.
     """
     frame_time_s = float(1 / fps)
     for frame in lane:
         waited_s = time.perf_counter() - frame.arrived_s
         if frame_time_s / 2 < waited_s < frame_time_s:
             yield lane.newer(frame, within_s=LATE * frame_time_s - waited_s)
+        elif frame.index == 0 and waited_s >= frame_time_s:
+            yield lane.newer(frame, within_s=LATE * frame_time_s)
         else:
             yield frame
 

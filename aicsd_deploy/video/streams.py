@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 from aicsd_deploy.console import say
@@ -236,13 +237,17 @@ def open_stream(address: str) -> Source:
         InputError: it cannot be opened, or has no video in it.
     """
     name = without_password(address)
-    if not address.startswith(("rtsp://", "rtsps://")):
-        first = StreamConnection(address, name=name)
-        has_an_end = first.duration_s is not None
-        first.close()
-        if has_an_end:
-            return FileSource(address, name=name)
-    return LiveSource(name, lambda: StreamConnection(address, name=name))
+
+    def open_it() -> Source:
+        if not address.startswith(("rtsp://", "rtsps://")):
+            first = StreamConnection(address, name=name)
+            has_an_end = first.duration_s is not None
+            first.close()
+            if has_an_end:
+                return FileSource(address, name=name)
+        return LiveSource(name, lambda: StreamConnection(address, name=name))
+
+    return interruptible(open_it)
 
 
 def open_gstreamer(pipeline: str) -> Source:
@@ -253,8 +258,22 @@ def open_gstreamer(pipeline: str) -> Source:
         MissingDependencyError: GStreamer is not installed.
     """
     if FILE_READER.search(pipeline):
-        return GStreamerFile(pipeline)
-    return LiveSource("GStreamer pipeline", lambda: GStreamerConnection(pipeline))
+        return interruptible(lambda: GStreamerFile(pipeline))
+    return interruptible(lambda: LiveSource("GStreamer pipeline", lambda: GStreamerConnection(pipeline)))
+
+
+def interruptible(work: Callable[[], Source]) -> Source:
+    """Return what `work` returns. Ctrl-C ends the waiting at once: it runs in a thread, which FFmpeg may hold for ten seconds."""
+    outcome: Future[Source] = Future()
+
+    def target() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=target, name="opening", daemon=True).start()
+    return outcome.result()
 
 
 def without_password(address: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import shutil
 import signal
 import socket
@@ -202,6 +203,24 @@ def test_a_frame_that_has_waited_long_makes_room_for_one_that_is_due() -> None:
     assert [frame.index for frame in within(20, lambda: list(_fresh(lane, fps)))] == [0, 2, 3]
 
 
+def test_the_age_of_the_first_frame_counts_from_its_arrival() -> None:
+    connect, _ = scripted([1, 2, "end"])
+    with LiveSource("cam", connect) as source:
+        opened_s = time.perf_counter()
+        frames = list(source)
+    assert frames[0].arrived_s <= opened_s <= frames[1].arrived_s
+    assert frames[0].time_s == 0
+
+
+def test_a_first_frame_that_has_waited_for_the_network_makes_room_too() -> None:
+    lane = Lane(Stop(), 9, newest=False)
+    now_s = time.perf_counter()
+    for index, waited_s in enumerate((25, 0, 12)):
+        lane.put(Frame(index, np.zeros((2, 2, 3), np.uint8), 0.0, now_s - waited_s))
+    lane.put_end()
+    assert [frame.index for frame in within(20, lambda: list(_fresh(lane, Fraction(1, 10))))] == [1, 2]
+
+
 def test_a_lost_source_is_told_in_the_result() -> None:
     class Nothing(Sink):
         name = "nothing"
@@ -258,6 +277,20 @@ def test_without_a_camera_the_built_in_scene_comes(monkeypatch: pytest.MonkeyPat
     assert source.frame_count is None
 
 
+def test_waiting_for_a_stream_that_does_not_answer_can_be_interrupted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        previous = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        try:
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                open_source(f"rtsp://127.0.0.1:{silent.getsockname()[1]}/x")
+            assert [thread.name for thread in threading.enumerate()].count("opening") == 1, "it is not waited for"
+        finally:
+            timer.join()
+            signal.signal(signal.SIGUSR1, previous)
+
+
 def test_a_source_can_be_looped(tmp_path: Path) -> None:
     path = encode(tmp_path / "in.mp4", grey_frames(3))
     with open_source(str(path), loop=True) as source:
@@ -278,6 +311,7 @@ def web_server(tmp_path: Path) -> Iterator[str]:
     encode(tmp_path / "clip.mp4", grey_frames(10))
     noise = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)
     clip = encode(tmp_path / "clip.mkv", list(noise)).read_bytes()
+    encode(tmp_path / "index_last.mp4", list(noise))
     ended = threading.Event()
     jpeg = encode(tmp_path / "one.mjpeg", grey_frames(1), codec="mjpeg", pix_fmt="yuvj420p").read_bytes()
 
@@ -325,6 +359,11 @@ def test_a_file_on_a_web_server_is_read_like_a_file(web_server: str) -> None:
         assert not source.live
         assert [f.index for f in source] == list(range(10))
         assert not source.lost
+
+
+def test_a_file_whose_index_is_out_of_reach_is_refused_with_what_to_do(web_server: str) -> None:
+    with pytest.raises(InputError, match=r"no byte ranges.*faststart"):
+        open_source(f"{web_server}/index_last.mp4")
 
 
 @pytest.mark.parametrize("path", ["closed", "silent"])
