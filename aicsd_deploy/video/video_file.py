@@ -82,6 +82,12 @@ class FileSource(Source):
             self._decoded = self._decode()
             # Only a frame shows that the file can be decoded and which way up it is; it is kept and given out first.
             self._first = next(self._decoded, None)
+            if self.lost:
+                raise InputError(
+                    f"{self.name}: its server gave the index, but no frame. If it is still running, it cannot go back (it knows "
+                    "no byte ranges), and the index stands behind the frames. Download the file first, or put the index in "
+                    "front: ffmpeg -i IN.mp4 -c copy -movflags +faststart OUT.mp4"
+                )
             if self._first is None:
                 raise InputError(
                     f"{self.name}: not one frame could be decoded. It is damaged or cut off; make or copy it again."
