@@ -111,7 +111,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         parser.error("two -o name the same file")
     keep_apart(args.json, *(args.output or ()), Path(args.source or ""), args.engine or Path())
     for path in args.output or ():
-        if not (is_video(path) or path.suffix.lower() in ("", ".jsonl") or path.is_dir()):
+        nameless = path.name.lower() in ("-", ".jsonl", *VIDEO_SUFFIXES)
+        if nameless or not (is_video(path) or path.suffix.lower() in ("", ".jsonl") or path.is_dir()):
             raise InputError(
                 f"Cannot write {path}: the output must end in {', '.join(VIDEO_SUFFIXES)} (a video) or .jsonl (labels as run "
                 "lengths), or have no suffix (a folder for label maps)."

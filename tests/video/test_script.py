@@ -126,6 +126,8 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
         ("--engine in.mp4 --source in.mp4 -o out.mp4", "not an artefact"),
         ("--engine e.onnx --source in.mp4 -o out.mp4", "e.onnx"),
         ("--engine e.onnx --source in.mp4 -o out.avi", "must end in .mp4, .mkv, .mov (a video)"),
+        ("--engine e.onnx --source in.mp4 -o -", "Cannot write -"),
+        ("--engine e.onnx --source in.mp4 -o .mp4", "Cannot write .mp4"),
         ("--engine e.onnx --source in.mp4 --window", "no display"),
         ("--engine e.onnx --audio", "needs a video"),
         ("--engine e.onnx --source in.mp4 --preview 99999", "not an address"),
