@@ -239,13 +239,14 @@ def open_stream(address: str) -> Source:
     name = without_password(address)
 
     def open_it() -> Source:
+        opened: list[StreamConnection] = []
         if not address.startswith(("rtsp://", "rtsps://")):
             first = StreamConnection(address, name=name)
-            has_an_end = first.duration_s is not None
-            first.close()
-            if has_an_end:
+            if first.duration_s is not None:
+                first.close()
                 return FileSource(address, name=name)
-        return LiveSource(name, lambda: StreamConnection(address, name=name))
+            opened.append(first)  # some servers answer only once
+        return LiveSource(name, lambda: opened.pop() if opened else StreamConnection(address, name=name))
 
     return interruptible(open_it)
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -389,6 +390,24 @@ def test_a_live_http_stream_is_reconnected_when_it_breaks_off(web_server: str) -
     frames = within(30, read)
     assert [f.index for f in frames] == list(range(12))
     assert frames[11].image_bgr.mean() == pytest.approx(20, abs=3)
+
+
+def test_a_server_that_answers_once_is_read(tmp_path: Path) -> None:
+    clip = encode(tmp_path / "clip.ts", [*np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)])
+
+    def answer(server: socket.socket) -> None:
+        with server, server.accept()[0] as client:
+            server.close()
+            with suppress(OSError):  # who has read enough hangs up
+                client.sendall(20 * clip.read_bytes())  # finding out what it is takes some of it
+
+    server = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=answer, args=(server,))
+    thread.start()
+    with within(20, lambda: open_source(f"tcp://127.0.0.1:{server.getsockname()[1]}")) as source:
+        frames = [frame for frame, _ in zip(source, range(50), strict=False)]
+    thread.join(20)
+    assert (len(frames), source.live, source.reconnects) == (50, True, 0)
 
 
 def test_an_address_where_nothing_is_is_an_input_error(web_server: str) -> None:
