@@ -109,7 +109,7 @@ def process_video(
     """Segment every frame of a file, or the newest one of a live source each time, and hand it to the sink in order.
 
     The sink runs in the calling thread (a window needs the main thread), the other stages in threads of their own.
-    Ctrl-C and SIGTERM end the run early, and the sink finishes what it has; a second one ends the process.
+    Ctrl-C, SIGTERM and SIGHUP end the run early, and the sink finishes what it has; a second one ends the process.
 
     Args:
         source, backend, sink: an open source and backend, and a sink that is not open yet. Several backends of one artefact

@@ -244,7 +244,7 @@ def test_the_end_does_not_wait_for_a_source_that_is_silent(silent: bool) -> None
     source.answers.set()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_and_the_file_is_playable(tmp_path: Path, number: int) -> None:
     class Interrupts(Numbered):
         def __iter__(self):  # type: ignore[no-untyped-def]
