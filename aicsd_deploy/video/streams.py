@@ -24,6 +24,8 @@ from aicsd_deploy.video.video_file import ANY_METADATA, FileSource, ToBgr, av, d
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 3.0
 """A stream that is silent for so long counts as lost."""
+ALWAYS_SIZED = ("hls", "dash", "mpjpeg")
+"""Formats of which a size says nothing: it is that of a list of other addresses, or what a camera makes up."""
 NETWORK_SOURCE = re.compile(r"\b(rtsp|rtmp|rtp|udp|tcpclient|srt|souphttp|curlhttp)\w*src\b")
 """Elements of a GStreamer pipeline that read from a server."""
 FILE_READER = re.compile(r"\b((multi|split)?filesrc|splitmuxsrc|imagesequencesrc)\b|\buri=\W?file:")
@@ -62,6 +64,12 @@ class StreamConnection(Connection):
         """How long it lasts in all; None where nobody knows, as with everything that is live."""
         duration = self._container.duration
         return duration / 1e6 if duration is not None and duration > 0 else None
+
+    @property
+    def has_an_end(self) -> bool:
+        """Whether it lasts so long or is so large, such as a file on a web server; an address that lists others has a size too."""
+        sized = self._container.size > 0 and self._container.format.name not in ALWAYS_SIZED
+        return sized or self.duration_s is not None
 
     def read(self) -> UInt8Array | None:
         try:
@@ -242,7 +250,7 @@ def open_stream(address: str) -> Source:
         opened: list[StreamConnection] = []
         if not address.startswith(("rtsp://", "rtsps://")):
             first = StreamConnection(address, name=name)
-            if first.duration_s is not None:
+            if first.has_an_end:
                 first.close()
                 return FileSource(address, name=name)
             opened.append(first)  # some servers answer only once

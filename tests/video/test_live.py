@@ -309,7 +309,8 @@ def test_passwords_are_not_printed() -> None:
 @pytest.fixture
 def web_server(tmp_path: Path) -> Iterator[str]:
     """A web server with clip.mp4, with /closed and /silent, which break off in a clip, and with /live, which does so in motion JPEG."""
-    encode(tmp_path / "clip.mp4", grey_frames(10))
+    for name in ("clip.mp4", "clip.ts"):
+        encode(tmp_path / name, grey_frames(10))
     noise = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)
     clip = encode(tmp_path / "clip.mkv", list(noise)).read_bytes()
     encode(tmp_path / "index_last.mp4", list(noise))
@@ -355,8 +356,9 @@ def web_server(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_a_file_on_a_web_server_is_read_like_a_file(web_server: str) -> None:
-    with open_source(f"{web_server}/clip.mp4") as source:
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.ts"])  # with a duration in front; with none but at its end
+def test_a_file_on_a_web_server_is_read_like_a_file(name: str, web_server: str) -> None:
+    with open_source(f"{web_server}/{name}") as source:
         assert not source.live
         assert [f.index for f in source] == list(range(10))
         assert not source.lost
