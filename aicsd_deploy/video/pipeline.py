@@ -28,7 +28,7 @@ LATE = 1.25
 """A live frame is waited for up to this many frame times after the one before it came."""
 
 READING_ENDS_S = 1.0
-"""How long the end waits for the source: a server that is silent holds FFmpeg for ten seconds, and nothing can wake that."""
+"""How long the end waits for the source: a server that is silent holds FFmpeg for twenty seconds, and nothing can wake that."""
 
 
 @dataclass(frozen=True)

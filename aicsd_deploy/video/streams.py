@@ -24,8 +24,8 @@ from aicsd_deploy.video.video_file import ANY_METADATA, FileSource, ToBgr, av, d
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 3.0
 """A stream that is silent for so long counts as lost."""
-ALWAYS_SIZED = ("hls", "dash", "mpjpeg")
-"""Formats of which a size says nothing: it is that of a list of other addresses, or what a camera makes up."""
+IN_SEGMENTS = ("hls", "dash")
+"""Formats that come some seconds at a time, so that their newest frame is one of many that came together."""
 NETWORK_SOURCE = re.compile(r"\b(rtsp|rtmp|rtp|udp|tcpclient|srt|souphttp|curlhttp)\w*src\b")
 """Elements of a GStreamer pipeline that read from a server."""
 FILE_READER = re.compile(r"\b((multi|split)?filesrc|splitmuxsrc|imagesequencesrc)\b|\buri=\W?file:")
@@ -66,10 +66,11 @@ class StreamConnection(Connection):
         return duration / 1e6 if duration is not None and duration > 0 else None
 
     @property
-    def has_an_end(self) -> bool:
-        """Whether it lasts so long or is so large, such as a file on a web server; an address that lists others has a size too."""
-        sized = self._container.size > 0 and self._container.format.name not in ALWAYS_SIZED
-        return sized or self.duration_s is not None
+    def is_like_a_file(self) -> bool:
+        """Whether every frame is to be read: it has a duration, or a size (though cameras make one up), or comes in segments."""
+        kind = self._container.format.name
+        sized = self._container.size > 0 and kind != "mpjpeg"
+        return sized or kind in IN_SEGMENTS or self.duration_s is not None
 
     def read(self) -> UInt8Array | None:
         try:
@@ -239,7 +240,7 @@ class GStreamerFile(FileSource):
 
 
 def open_stream(address: str) -> Source:
-    """Open a network address. What has an end, such as a file on a web server, is read like a file, every frame.
+    """Open a network address. A file on a web server, and what comes in segments, is read like a file, every frame.
 
     Raises:
         InputError: it cannot be opened, or has no video in it.
@@ -250,7 +251,7 @@ def open_stream(address: str) -> Source:
         opened: list[StreamConnection] = []
         if not address.startswith(("rtsp://", "rtsps://")):
             first = StreamConnection(address, name=name)
-            if first.has_an_end:
+            if first.is_like_a_file:
                 first.close()
                 return FileSource(address, name=name)
             opened.append(first)  # some servers answer only once

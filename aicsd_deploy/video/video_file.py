@@ -32,8 +32,8 @@ ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__versio
 RESERVED_MATRIX = 3
 """Says as little about the colours as 2, "unspecified", but FFmpeg converts only that."""
 AVFMT_TS_DISCONT = 0x0200  # of FFmpeg's libavformat/avformat.h
-SERVER_TIMEOUT_S = 10.0
-"""A server that is silent for so long is taken to be gone."""
+SERVER_TIMEOUT_S = 20.0
+"""A server that is silent for so long is taken to be gone. The segments of HLS may be ten seconds apart."""
 MOST_PIXELS_ALONE = 1920 * 1088
 """Up to this size one thread decodes fast enough. Of several, each holds a picture, and damage at the end costs them all."""
 

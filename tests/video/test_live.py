@@ -329,6 +329,11 @@ def web_server(tmp_path: Path) -> Iterator[str]:
                 self.wfile.write(clip[: len(clip) // 2])
                 ended.wait(30 if self.path == "/silent" else 0)
                 return None
+            if self.path == "/segments.m3u8":  # without its size, and with no #EXT-X-ENDLIST: more may come
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"#EXTM3U\n#EXT-X-TARGETDURATION:8\n#EXTINF:8,\nsegment.ts\n")
+                return None
             if self.path != "/live":
                 return super().do_GET()
             self.send_response(200)
@@ -362,6 +367,13 @@ def test_a_file_on_a_web_server_is_read_like_a_file(name: str, web_server: str) 
         assert not source.live
         assert [f.index for f in source] == list(range(10))
         assert not source.lost
+
+
+def test_what_comes_in_segments_is_read_frame_by_frame(web_server: str, tmp_path: Path) -> None:
+    encode(tmp_path / "segment.ts", grey_frames(1) * 200)  # FFmpeg looks at five seconds of what has no end
+    with within(20, lambda: open_source(f"{web_server}/segments.m3u8")) as source:
+        assert not source.live
+        assert [f.index for f, _ in zip(source, range(10), strict=False)] == list(range(10))
 
 
 def test_a_file_whose_index_is_out_of_reach_is_refused_with_what_to_do(web_server: str) -> None:
