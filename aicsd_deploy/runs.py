@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import onnx_says
 
@@ -21,35 +22,47 @@ def new_run_folder(name: str) -> Path:
 
 
 def newest_checkpoint(*, role: str, data: str | None = None) -> Path | None:
-    """Return best.pt of the newest finished run of a role ("teacher" or "student"), distilled students first.
+    """Return best.pt of the newest finished run of a role ("teacher" or "student"), distilled students first, cells of a study last.
 
     It goes by summary.json, which is written when a run ends, so that half-trained networks are passed over.
     """
     found = [
-        (summary.get("method", "none") != "none", path.stat().st_mtime, path.with_name("best.pt"))
+        (
+            path.parent.parent.name != "cells",
+            summary.get("method", "none") != "none",
+            path.stat().st_mtime,
+            path.with_name("best.pt"),
+        )
         for path, summary in _summaries()
         if summary.get("role") == role and data in (None, summary.get("data")) and path.with_name("best.pt").is_file()
     ]
-    return max(found)[2] if found else None
+    return max(found)[-1] if found else None
 
 
-def newest_artifact(*, float_only: bool = False) -> Path:
-    """Return the newest exported student under runs/, or the newest student's checkpoint where none is exported.
+def newest_artifact(*, float_only: bool = False, fast: bool = False) -> Path:
+    """Return the newest exported student under runs/, or the newest student's checkpoint where none is exported, and say which.
 
     Args:
         float_only: pass over files that are quantised, for commands that need a float32 one.
+        fast: pass over INT8 files for TensorRT: they are for building engines, and run as they are, but more slowly than float32.
 
     Raises:
         InputError: there is neither.
     """
     exported = sorted(RUNS.rglob("student*.onnx"), key=lambda path: path.stat().st_mtime)
-    fitting = (path for path in reversed(exported) if not float_only or onnx_says(path, "precision", "fp32"))
+    fitting = (
+        path
+        for path in reversed(exported)
+        if (not float_only or onnx_says(path, "precision", "fp32"))
+        and not (fast and onnx_says(path, "int8_target", "tensorrt"))
+    )
     artifact = next(fitting, None) or newest_checkpoint(role="student")
     if artifact is None:
         raise InputError(
             f"No artefact was given and there is no finished student under {RUNS.resolve()}. "
             "Name one, or make one first: python train/distill.py"
         )
+    say(f"No artefact is named: this takes {artifact}")
     return artifact
 
 

@@ -31,7 +31,7 @@ with needed_packages():
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, build the parts, run the pipeline, say what came of it."""
     args = parse(__doc__, argv)
-    engine = args.engine or newest_artifact()
+    engine = args.engine or newest_artifact(fast=True)
     with open_backend(engine, device=args.device, memory=args.memory) as first:
         about, device = first.metadata, first.device
     show = {"opacity": args.opacity, "shown": args.classes, "contour": args.contour, "legend": not args.no_hud}
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"No --source is given: this shows {what}.")
         scorer = None
         if args.labels is not None:
-            scorer = Scorer(*true_labels(args.labels, args.split, about.classes), about.class_names)
+            true = true_labels(args.labels, args.split, about.classes)
+            scorer = Scorer(*true, about.class_names, max_frames=args.max_frames)
         sinks = open_sinks(args, about.classes, title=f"{about.model} {about.precision}")
         sink = SinkGroup([*sinks, *([scorer] if scorer else [])])
         say(f"{source.name} -> {engine} ({backends[0].name} on {device}) -> {sink.name}")

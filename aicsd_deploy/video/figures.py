@@ -27,7 +27,7 @@ class Figures:
 
     Attributes:
         backend: what runs the network, and in which precision.
-        fps: frames shown per second; 0 before two of them.
+        fps: frames shown per second; 0 as long as too few have been to tell.
         p50_ms, p99_ms: inference, resizing included.
         dropped: frames of a live source that were not shown, since newer ones had come.
         age_ms: live sources: time from arrival until shown, of the last frame.
@@ -82,12 +82,13 @@ class Stopwatch:
             yield frame
 
     def note_shown(self, frame: Frame, *, frames_in: int, frames_out: int) -> None:
-        """Note that a frame has been shown, and renew the figures twice a second, so that they can be read."""
+        """Note that a frame has been shown, and renew the figures twice a second, so that they can be read and make sense."""
         now_s = time.perf_counter()
         self._shown_s.append(now_s)
+        self._renewed_s = self._renewed_s or now_s
         if frame.arrived_s:
             self._note("age", now_s - frame.arrived_s)
-        if now_s - self._renewed_s > 0.5 and len(self._shown_s) > 1:
+        if now_s - self._renewed_s > 0.5:
             with self._lock:
                 infer_ms = 1000 * np.array(self._infer_s)
             self._renewed_s = now_s

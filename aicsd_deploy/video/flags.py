@@ -96,7 +96,11 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         help="stop when N frames have been shown or written; those that a live source drops do not count",
     )
     add_json_flag(parser)
+    add("stray", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.stray:
+        flag = "--engine" if Path(args.stray[0]).suffix in (".onnx", ".plan", ".pt") else "--source"
+        parser.error(f"{args.stray[0]} stands alone: write {flag} {args.stray[0]}, and a name with spaces in quotes")
     if args.audio and not any(is_video(path) for path in args.output or ()):
         parser.error("--audio needs a video to copy the sound into: -o OUT.mp4")
     if args.audio and (args.source is None or args.source == "synthetic"):
@@ -107,7 +111,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         parser.error("two -o name the same file")
     keep_apart(args.json, *(args.output or ()), Path(args.source or ""), args.engine or Path())
     for path in args.output or ():
-        if not (is_video(path) or path.suffix.lower() in ("", ".jsonl") or path.is_dir()):
+        nameless = path.name.lower() in ("-", ".jsonl", *VIDEO_SUFFIXES)
+        if nameless or not (is_video(path) or path.suffix.lower() in ("", ".jsonl") or path.is_dir()):
             raise InputError(
                 f"Cannot write {path}: the output must end in {', '.join(VIDEO_SUFFIXES)} (a video) or .jsonl (labels as run "
                 "lengths), or have no suffix (a folder for label maps)."

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What ends a run early: Ctrl-C, a request, or the terminal that is closed, for which Windows has no signal."""
 _END: Any = object()
 _POLL_S = 0.1  # how soon a stage that waits for its neighbour notices that all must stop
 
@@ -53,7 +55,7 @@ class Stop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ENDING:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # a job in the background ignores Ctrl-C
                     self._handlers[number] = signal.signal(number, self._on_signal)
         return self

@@ -80,14 +80,15 @@ class LiveSource(Source):
         if self._first is None:
             self._connection.close()
             raise InputError(f"{name} ended before its first picture.")
+        self._first_arrived_s = time.perf_counter()  # it waits until the network is loaded
         self.size_hw = (self._first.shape[0], self._first.shape[1])
         self.fps = sane_fps(self._connection.fps)
 
     def __iter__(self) -> Iterator[Frame]:
-        start_s, index, image = time.perf_counter(), 0, self._first
+        index, image, arrived_s = 0, self._first, self._first_arrived_s
+        start_s = time.perf_counter()
         while image is not None and not self._cancelled.is_set():
-            now_s = time.perf_counter()
-            yield Frame(index, fit(image, self.size_hw), now_s - start_s, now_s)
+            yield Frame(index, fit(image, self.size_hw), max(0.0, arrived_s - start_s), arrived_s)
             index += 1
             lost = None
             try:
@@ -100,6 +101,7 @@ class LiveSource(Source):
                 # Not above: what is opened while an exception is handled holds on to it, and so to the connection that it came
                 # from (PyAV keeps the exception it finds in the generator that decodes).
                 image = None if self._cancelled.is_set() else self._reconnect(lost)
+            arrived_s = time.perf_counter()
 
     def _reconnect(self, reason: str) -> UInt8Array | None:
         say(f"{self.name} broke off ({reason}); trying again for {self._patience_s:.0f} s")

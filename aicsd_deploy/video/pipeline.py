@@ -28,7 +28,7 @@ LATE = 1.25
 """A live frame is waited for up to this many frame times after the one before it came."""
 
 READING_ENDS_S = 1.0
-"""How long the end waits for the source: a server that is silent holds FFmpeg for ten seconds, and nothing can wake that."""
+"""How long the end waits for the source: a server that is silent holds FFmpeg for twenty seconds, and nothing can wake that."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def process_video(
     """Segment every frame of a file, or the newest one of a live source each time, and hand it to the sink in order.
 
     The sink runs in the calling thread (a window needs the main thread), the other stages in threads of their own.
-    Ctrl-C and SIGTERM end the run early, and the sink finishes what it has; a second one ends the process.
+    Ctrl-C, SIGTERM and SIGHUP end the run early, and the sink finishes what it has; a second one ends the process.
 
     Args:
         source, backend, sink: an open source and backend, and a sink that is not open yet. Several backends of one artefact
@@ -224,13 +224,16 @@ def _fresh(lane: Lane, fps: Fraction) -> Iterator[Frame]:
     """Give a live source's frames, none of which has waited for more than half a frame time if the next one is on time.
 
     A network that is slower than the source finds a frame that has waited for anything up to a frame time. Where the next
-    one is due sooner than this one came, waiting for it costs less than its age would.
+    one is due sooner than this one came, waiting for it costs less than its age would. The first has waited until the network
+    was loaded.
     """
     frame_time_s = float(1 / fps)
     for frame in lane:
         waited_s = time.perf_counter() - frame.arrived_s
         if frame_time_s / 2 < waited_s < frame_time_s:
             yield lane.newer(frame, within_s=LATE * frame_time_s - waited_s)
+        elif frame.index == 0 and waited_s >= frame_time_s:
+            yield lane.newer(frame, within_s=LATE * frame_time_s)
         else:
             yield frame
 

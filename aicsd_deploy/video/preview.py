@@ -247,11 +247,12 @@ def _listen(address: tuple[str, int] | None) -> _Server:
     host, port = address or DEFAULT_ADDRESS
     try:
         return _Server((host, port))
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # of a name that no host can have, the last two
         if address is None:
             return _Server((host, 0))
+        reason = getattr(error, "strerror", None) or "that is no host's name"
         raise InputError(
-            f"The preview cannot listen on {host}:{port} ({error.strerror}). Choose another with --preview HOST:PORT."
+            f"The preview cannot listen on {host}:{port} ({reason}). Choose another with --preview HOST:PORT."
         ) from error
 
 

@@ -33,18 +33,36 @@ class Scorer(Sink):
         count: how many frames have labels; a frame after those is an InputError, and so is one after a frame that could not
             be decoded, since nobody knows whose labels it has.
         class_names: names of the classes.
+        max_frames: how many frames are scored at most.
     """
 
     wants_overlay = False
 
-    def __init__(self, labels_of: Callable[[int], UInt8Array], count: int, class_names: list[str]) -> None:
+    def __init__(
+        self,
+        labels_of: Callable[[int], UInt8Array],
+        count: int,
+        class_names: list[str],
+        *,
+        max_frames: int | None = None,
+    ) -> None:
         self.name = "scores"
-        self._labels_of, self._count, self._names = labels_of, count, class_names
+        self._labels_of, self._count, self._names, self._max_frames = labels_of, count, class_names, max_frames
         self._matrix = ConfusionMatrix(len(class_names))
         self._flickered = self._steady = 0
         self._last: tuple[int, UInt8Array, UInt8Array] | None = None
 
     def open(self, source: Source) -> Self:
+        """Get ready.
+
+        Raises:
+            InputError: there are fewer labels than `source` says it has frames. That may be wrong, but the message has a way out.
+        """
+        if self._count < min(source.frame_count or 0, self._max_frames or source.frame_count or 0):
+            raise InputError(
+                f"{source.name} has {source.frame_count} frames, but --labels has only {self._count} label maps, and a video is "
+                f"scored frame by frame. Give a label map for each frame, or score the first ones: --max-frames {self._count}"
+            )
         self._source = source
         return self
 

@@ -10,19 +10,26 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 
+from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.live import Connection, ConnectionLostError, LiveSource
-from aicsd_deploy.video.sources import Source
+from aicsd_deploy.video.sources import Frame, Source
 from aicsd_deploy.video.video_file import ANY_METADATA, FileSource, ToBgr, av, display_matrix, upright
 
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 3.0
 """A stream that is silent for so long counts as lost."""
+IN_SEGMENTS = ("hls", "dash")
+"""Formats that come some seconds at a time, so that their newest frame is one of many that came together."""
 NETWORK_SOURCE = re.compile(r"\b(rtsp|rtmp|rtp|udp|tcpclient|srt|souphttp|curlhttp)\w*src\b")
 """Elements of a GStreamer pipeline that read from a server."""
+FILE_READER = re.compile(r"\b((multi|split)?filesrc|splitmuxsrc|imagesequencesrc)\b|\buri=\W?file:")
+"""What in a GStreamer pipeline reads from a file, which has no newest frame."""
 
 
 class StreamConnection(Connection):
@@ -58,6 +65,13 @@ class StreamConnection(Connection):
         duration = self._container.duration
         return duration / 1e6 if duration is not None and duration > 0 else None
 
+    @property
+    def is_like_a_file(self) -> bool:
+        """Whether every frame is to be read: it has a duration, or a size (though cameras make one up), or comes in segments."""
+        kind = self._container.format.name
+        sized = self._container.size > 0 and kind != "mpjpeg"
+        return sized or kind in IN_SEGMENTS or self.duration_s is not None
+
     def read(self) -> UInt8Array | None:
         try:
             return next(self._decoded, None)
@@ -89,23 +103,27 @@ class StreamConnection(Connection):
         return self.duration_s is not None and last_s >= self.duration_s - 1
 
 
-class GStreamerConnection(StreamConnection):
-    """A GStreamer pipeline, run by gst-launch-1.0 and read through a pipe: any build of OpenCV will do.
+class Launched:
+    """A GStreamer pipeline that gst-launch-1.0 runs, its pictures in a pipe: any build of OpenCV will do.
 
-    Its process ends well at the end of the stream, and with an error when something broke; but where the stream comes over a
-    network, a server that is gone looks like an end too.
+    Args:
+        pipeline: as for gst-launch-1.0, without a sink or, as for OpenCV, with appsink at its end, which is replaced.
+        newest: a frame that nobody has taken when the next one comes is left out, so that the pipeline never waits.
+
+    Raises:
+        InputError: its quotes are wrong.
+        MissingDependencyError: GStreamer is not installed.
     """
 
-    def __init__(self, pipeline: str) -> None:
+    def __init__(self, pipeline: str, *, newest: bool) -> None:
         if shutil.which("gst-launch-1.0") is None:
             raise MissingDependencyError(
                 "A GStreamer pipeline needs the program gst-launch-1.0. Install it (on Debian: apt install "
                 "gstreamer1.0-tools gstreamer1.0-plugins-good)."
             )
-        # As for OpenCV, a pipeline may end in appsink; what follows replaces it. One frame waits at most.
         elements = re.sub(r"!\s*appsink\b[^!]*$", "", pipeline).strip().rstrip("!")
         tail = (
-            "! queue leaky=downstream max-size-buffers=1 ! videoconvert ! videoscale ! "
+            f"! {'queue leaky=downstream max-size-buffers=1 ! ' if newest else ''}videoconvert ! videoscale ! "
             "video/x-raw,format=YUY2,width=[2,65534,2] ! matroskamux streamable=true ! fdsink fd=1 sync=false"
         )
         try:
@@ -114,8 +132,7 @@ class GStreamerConnection(StreamConnection):
             raise InputError(
                 f"The GStreamer pipeline {pipeline} cannot be read: {first_line(error)}. Write it as for gst-launch-1.0."
             ) from error
-        self._from_network = NETWORK_SOURCE.search(pipeline) is not None
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the connection
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
             ["gst-launch-1.0", "-q", *words],
             stdin=subprocess.DEVNULL,
@@ -123,78 +140,150 @@ class GStreamerConnection(StreamConnection):
             stderr=self._said,
             start_new_session=True,  # Ctrl-C is for us: what is under way is finished first
         )
-        atexit.register(self._process.kill)  # the thread that reads it may have been left behind
+        atexit.register(self.kill)  # the thread that reads it may have been left behind
         assert self._process.stdout is not None
-        # FFmpeg's own time limits do not hold for pipes; neither here nor in `read`.
-        too_late = threading.Timer(OPEN_TIMEOUT_S, self._process.kill)
-        too_late.start()
-        try:
-            super().__init__(f"pipe:{self._process.stdout.fileno()}", name="The pipeline", container_format="matroska")
-        except InputError as error:
-            self._end_process()
-            raise InputError(f"The GStreamer pipeline gives no video: {self._complaint() or error}") from error
-        finally:
-            too_late.cancel()
-            too_late.join()
+        self.address = f"pipe:{self._process.stdout.fileno()}"
 
-    def read(self) -> UInt8Array | None:
-        silent = threading.Timer(READ_TIMEOUT_S, self._process.kill)
+    def kill(self) -> None:
+        """End it, so that what reads from it comes to an end."""
+        self._process.kill()
+
+    @contextmanager
+    def killed_after(self, seconds: float) -> Iterator[None]:
+        """Kill it if the block takes longer: FFmpeg's own time limits do not hold for pipes."""
+        silent = threading.Timer(seconds, self.kill)
         silent.start()
         try:
-            return super().read()
+            yield
         finally:
             silent.cancel()
+            silent.join()
 
-    def _reached_end(self, last_s: float) -> bool:
-        if self._process.wait(timeout=READ_TIMEOUT_S) == 0:
-            return not self._from_network
-        raise ConnectionLostError(self._complaint() or "gst-launch-1.0 failed")
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """End it if the block raises InputError, and have the error say what GStreamer says."""
+        try:
+            yield
+        except InputError as error:
+            said = self._complaint()
+            self.close()
+            raise InputError(f"The GStreamer pipeline gives no video: {said or error}") from error
+
+    def failure(self) -> str | None:
+        """Return what broke, once its pictures have ended; None where that was the end of the stream."""
+        return None if self._process.wait(timeout=READ_TIMEOUT_S) == 0 else self._complaint() or "gst-launch-1.0 failed"
+
+    def close(self) -> None:
+        self.kill()
+        self._process.wait()
+        atexit.unregister(self.kill)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._said.close()
 
     def _complaint(self) -> str:
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").splitlines()
         return next((line for line in lines if "ERROR" in line or "erroneous" in line), lines[0] if lines else "")
 
-    def _end_process(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        atexit.unregister(self._process.kill)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+
+class GStreamerConnection(StreamConnection):
+    """A GStreamer pipeline from something live.
+
+    It ends well at the end of the stream, and with an error when something broke; but where the stream comes over a network, a
+    server that is gone looks like an end too.
+    """
+
+    def __init__(self, pipeline: str) -> None:
+        self._from_network = NETWORK_SOURCE.search(pipeline) is not None
+        self._launched = Launched(pipeline, newest=True)
+        with self._launched.explaining(), self._launched.killed_after(OPEN_TIMEOUT_S):
+            super().__init__(self._launched.address, name="The pipeline", container_format="matroska")
+
+    def read(self) -> UInt8Array | None:
+        with self._launched.killed_after(READ_TIMEOUT_S):
+            return super().read()
+
+    def _reached_end(self, last_s: float) -> bool:
+        if failure := self._launched.failure():
+            raise ConnectionLostError(failure)
+        return not self._from_network
 
     def cancel(self) -> None:
-        self._process.kill()
+        self._launched.kill()
 
     def close(self) -> None:
-        self._end_process()
+        self._launched.close()
         super().close()
-        self._said.close()
+
+
+class GStreamerFile(FileSource):
+    """A GStreamer pipeline that reads a file: every frame, which waits in the pipeline until it is taken."""
+
+    def __init__(self, pipeline: str) -> None:
+        self._launched = Launched(pipeline, newest=False)
+        with self._launched.explaining(), self._launched.killed_after(OPEN_TIMEOUT_S):
+            super().__init__(self._launched.address, name="GStreamer pipeline")
+
+    def __iter__(self) -> Iterator[Frame]:
+        yield from super().__iter__()
+        if failure := self._launched.failure():
+            say(f"{self.name} broke off ({failure})")
+            self.lost = True
+
+    def cancel(self) -> None:
+        self._launched.kill()
+
+    def close(self) -> None:
+        self._launched.close()
+        super().close()
 
 
 def open_stream(address: str) -> Source:
-    """Open a network address. What has an end, such as a file on a web server, is read like a file, every frame.
+    """Open a network address. A file on a web server, and what comes in segments, is read like a file, every frame.
 
     Raises:
         InputError: it cannot be opened, or has no video in it.
     """
     name = without_password(address)
-    if not address.startswith(("rtsp://", "rtsps://")):
-        first = StreamConnection(address, name=name)
-        has_an_end = first.duration_s is not None
-        first.close()
-        if has_an_end:
-            return FileSource(address, name=name)
-    return LiveSource(name, lambda: StreamConnection(address, name=name))
+
+    def open_it() -> Source:
+        opened: list[StreamConnection] = []
+        if not address.startswith(("rtsp://", "rtsps://")):
+            first = StreamConnection(address, name=name)
+            if first.is_like_a_file:
+                first.close()
+                return FileSource(address, name=name)
+            opened.append(first)  # some servers answer only once
+        return LiveSource(name, lambda: opened.pop() if opened else StreamConnection(address, name=name))
+
+    return interruptible(open_it)
 
 
 def open_gstreamer(pipeline: str) -> Source:
-    """Open a GStreamer pipeline as one writes it for gst-launch-1.0, without a sink or with appsink at its end.
+    """Open a GStreamer pipeline as one writes it for gst-launch-1.0; of one that reads a file, every frame is given.
 
     Raises:
         InputError: the pipeline is wrong, or gives no video.
         MissingDependencyError: GStreamer is not installed.
     """
-    return LiveSource("GStreamer pipeline", lambda: GStreamerConnection(pipeline))
+    if FILE_READER.search(pipeline):
+        return interruptible(lambda: GStreamerFile(pipeline))
+    return interruptible(lambda: LiveSource("GStreamer pipeline", lambda: GStreamerConnection(pipeline)))
+
+
+def interruptible(work: Callable[[], Source]) -> Source:
+    """Return what `work` returns. Ctrl-C ends the waiting at once: it runs in a thread, which FFmpeg may hold for ten seconds."""
+    outcome: Future[Source] = Future()
+
+    def target() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=target, name="opening", daemon=True).start()
+    return outcome.result()
 
 
 def without_password(address: str) -> str:

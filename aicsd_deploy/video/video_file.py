@@ -32,8 +32,8 @@ ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__versio
 RESERVED_MATRIX = 3
 """Says as little about the colours as 2, "unspecified", but FFmpeg converts only that."""
 AVFMT_TS_DISCONT = 0x0200  # of FFmpeg's libavformat/avformat.h
-SERVER_TIMEOUT_S = 10.0
-"""A server that is silent for so long is taken to be gone."""
+SERVER_TIMEOUT_S = 20.0
+"""A server that is silent for so long is taken to be gone. The segments of HLS may be ten seconds apart."""
 MOST_PIXELS_ALONE = 1920 * 1088
 """Up to this size one thread decodes fast enough. Of several, each holds a picture, and damage at the end costs them all."""
 
@@ -82,6 +82,12 @@ class FileSource(Source):
             self._decoded = self._decode()
             # Only a frame shows that the file can be decoded and which way up it is; it is kept and given out first.
             self._first = next(self._decoded, None)
+            if self.lost:
+                raise InputError(
+                    f"{self.name}: its server gave the index, but no frame. If it is still running, it cannot go back (it knows "
+                    "no byte ranges), and the index stands behind the frames. Download the file first, or put the index in "
+                    "front: ffmpeg -i IN.mp4 -c copy -movflags +faststart OUT.mp4"
+                )
             if self._first is None:
                 raise InputError(
                     f"{self.name}: not one frame could be decoded. It is damaged or cut off; make or copy it again."

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import call_script
 
+from aicsd_deploy.runs import newest_artifact
+
 ROW = {"path", "miou", "p50_ms", "p90_ms", "p99_ms", "fps", "per_class_iou", "runtime", "device"}
 
 
@@ -50,6 +52,26 @@ def test_what_needs_a_float_file_passes_over_newer_int8_files(
     result = call_script(*command.split(), cwd=tmp_path)
     assert result.returncode == 2, "a file that is cut off, so that the command ends at once"
     assert f"runs/{taken}" in result.stderr
+
+
+def test_the_newest_artefact_is_one_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    summary = '{"role": "student", "method": "kd"}'
+    for seconds, folder in enumerate(("mine", "study/cells/kd-seed0")):
+        (Path("runs") / folder).mkdir(parents=True)
+        (Path("runs") / folder / "best.pt").touch()
+        (Path("runs") / folder / "summary.json").write_text(summary)
+        os.utime(Path("runs") / folder / "summary.json", (seconds, seconds))
+    assert newest_artifact() == Path("runs/mine/best.pt")
+    precisions = {"student": '"precision": "fp32"', "student.int8": '"precision": "int8" "int8_target": "tensorrt"'}
+    for seconds, (name, says) in enumerate(precisions.items()):
+        Path(f"runs/{name}.onnx").write_text(says)
+        os.utime(f"runs/{name}.onnx", (seconds, seconds))
+    assert newest_artifact() == Path("runs/student.int8.onnx")
+    assert newest_artifact(fast=True) == newest_artifact(float_only=True) == Path("runs/student.onnx")
+    assert capsys.readouterr().err.splitlines()[-1] == "No artefact is named: this takes runs/student.onnx"
 
 
 def test_evaluate_writes_the_contract_and_agrees_with_training(trained: Path) -> None:

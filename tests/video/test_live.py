@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -202,6 +204,24 @@ def test_a_frame_that_has_waited_long_makes_room_for_one_that_is_due() -> None:
     assert [frame.index for frame in within(20, lambda: list(_fresh(lane, fps)))] == [0, 2, 3]
 
 
+def test_the_age_of_the_first_frame_counts_from_its_arrival() -> None:
+    connect, _ = scripted([1, 2, "end"])
+    with LiveSource("cam", connect) as source:
+        opened_s = time.perf_counter()
+        frames = list(source)
+    assert frames[0].arrived_s <= opened_s <= frames[1].arrived_s
+    assert frames[0].time_s == 0
+
+
+def test_a_first_frame_that_has_waited_for_the_network_makes_room_too() -> None:
+    lane = Lane(Stop(), 9, newest=False)
+    now_s = time.perf_counter()
+    for index, waited_s in enumerate((25, 0, 12)):
+        lane.put(Frame(index, np.zeros((2, 2, 3), np.uint8), 0.0, now_s - waited_s))
+    lane.put_end()
+    assert [frame.index for frame in within(20, lambda: list(_fresh(lane, Fraction(1, 10))))] == [1, 2]
+
+
 def test_a_lost_source_is_told_in_the_result() -> None:
     class Nothing(Sink):
         name = "nothing"
@@ -258,6 +278,20 @@ def test_without_a_camera_the_built_in_scene_comes(monkeypatch: pytest.MonkeyPat
     assert source.frame_count is None
 
 
+def test_waiting_for_a_stream_that_does_not_answer_can_be_interrupted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        previous = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        try:
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                open_source(f"rtsp://127.0.0.1:{silent.getsockname()[1]}/x")
+            assert [thread.name for thread in threading.enumerate()].count("opening") == 1, "it is not waited for"
+        finally:
+            timer.join()
+            signal.signal(signal.SIGUSR1, previous)
+
+
 def test_a_source_can_be_looped(tmp_path: Path) -> None:
     path = encode(tmp_path / "in.mp4", grey_frames(3))
     with open_source(str(path), loop=True) as source:
@@ -275,9 +309,11 @@ def test_passwords_are_not_printed() -> None:
 @pytest.fixture
 def web_server(tmp_path: Path) -> Iterator[str]:
     """A web server with clip.mp4, with /closed and /silent, which break off in a clip, and with /live, which does so in motion JPEG."""
-    encode(tmp_path / "clip.mp4", grey_frames(10))
+    for name in ("clip.mp4", "clip.ts"):
+        encode(tmp_path / name, grey_frames(10))
     noise = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)
     clip = encode(tmp_path / "clip.mkv", list(noise)).read_bytes()
+    encode(tmp_path / "index_last.mp4", list(noise))
     ended = threading.Event()
     jpeg = encode(tmp_path / "one.mjpeg", grey_frames(1), codec="mjpeg", pix_fmt="yuvj420p").read_bytes()
 
@@ -292,6 +328,11 @@ def web_server(tmp_path: Path) -> Iterator[str]:
                 self.end_headers()
                 self.wfile.write(clip[: len(clip) // 2])
                 ended.wait(30 if self.path == "/silent" else 0)
+                return None
+            if self.path == "/segments.m3u8":  # without its size, and with no #EXT-X-ENDLIST: more may come
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"#EXTM3U\n#EXT-X-TARGETDURATION:8\n#EXTINF:8,\nsegment.ts\n")
                 return None
             if self.path != "/live":
                 return super().do_GET()
@@ -320,11 +361,24 @@ def web_server(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_a_file_on_a_web_server_is_read_like_a_file(web_server: str) -> None:
-    with open_source(f"{web_server}/clip.mp4") as source:
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.ts"])  # with a duration in front; with none but at its end
+def test_a_file_on_a_web_server_is_read_like_a_file(name: str, web_server: str) -> None:
+    with open_source(f"{web_server}/{name}") as source:
         assert not source.live
         assert [f.index for f in source] == list(range(10))
         assert not source.lost
+
+
+def test_what_comes_in_segments_is_read_frame_by_frame(web_server: str, tmp_path: Path) -> None:
+    encode(tmp_path / "segment.ts", grey_frames(1) * 200)  # FFmpeg looks at five seconds of what has no end
+    with within(20, lambda: open_source(f"{web_server}/segments.m3u8")) as source:
+        assert not source.live
+        assert [f.index for f, _ in zip(source, range(10), strict=False)] == list(range(10))
+
+
+def test_a_file_whose_index_is_out_of_reach_is_refused_with_what_to_do(web_server: str) -> None:
+    with pytest.raises(InputError, match=r"no byte ranges.*faststart"):
+        open_source(f"{web_server}/index_last.mp4")
 
 
 @pytest.mark.parametrize("path", ["closed", "silent"])
@@ -350,6 +404,24 @@ def test_a_live_http_stream_is_reconnected_when_it_breaks_off(web_server: str) -
     frames = within(30, read)
     assert [f.index for f in frames] == list(range(12))
     assert frames[11].image_bgr.mean() == pytest.approx(20, abs=3)
+
+
+def test_a_server_that_answers_once_is_read(tmp_path: Path) -> None:
+    clip = encode(tmp_path / "clip.ts", [*np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)])
+
+    def answer(server: socket.socket) -> None:
+        with server, server.accept()[0] as client:
+            server.close()
+            with suppress(OSError):  # who has read enough hangs up
+                client.sendall(20 * clip.read_bytes())  # finding out what it is takes some of it
+
+    server = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=answer, args=(server,))
+    thread.start()
+    with within(20, lambda: open_source(f"tcp://127.0.0.1:{server.getsockname()[1]}")) as source:
+        frames = [frame for frame, _ in zip(source, range(50), strict=False)]
+    thread.join(20)
+    assert (len(frames), source.live, source.reconnects) == (50, True, 0)
 
 
 def test_an_address_where_nothing_is_is_an_input_error(web_server: str) -> None:
@@ -396,11 +468,36 @@ def test_a_gstreamer_pipeline_that_falls_silent_is_lost() -> None:
     connection = GStreamerConnection("videotestsrc is-live=true ! video/x-raw,width=64,height=48")
     try:
         assert connection.read() is not None
-        connection._process.send_signal(signal.SIGSTOP)
+        connection._launched._process.send_signal(signal.SIGSTOP)
         with pytest.raises(ConnectionLostError):
             within(20, lambda: [connection.read() for _ in range(100)])
     finally:
         connection.close()
+
+
+@pytest.fixture
+def clip_pipeline(tmp_path: Path) -> str:
+    """A pipeline that reads 40 frames from a file."""
+    path = encode(tmp_path / "clip.avi", grey_frames(40), codec="mjpeg", pix_fmt="yuvj420p")
+    return f"filesrc location={path} ! avidemux ! jpegdec"
+
+
+@has_gstreamer
+def test_a_gstreamer_pipeline_that_reads_a_file_gives_every_frame(clip_pipeline: str) -> None:
+    with open_source(clip_pipeline) as source:
+        time.sleep(0.5)  # the pipeline waits
+        frames = within(20, lambda: list(source))
+    assert (source.live, source.lost, source.size_hw) == (False, False, (48, 64))
+    assert [f.time_s for f in frames] == pytest.approx([n / 25 for n in range(40)], abs=1e-3)
+    np.testing.assert_allclose([f.image_bgr.mean() for f in frames], [i.mean() for i in grey_frames(40)], atol=5)
+
+
+@has_gstreamer
+def test_a_gstreamer_pipeline_that_reads_a_file_and_breaks_is_lost(clip_pipeline: str) -> None:
+    with open_source(f"{clip_pipeline} ! identity error-after=20") as source:
+        frames = within(20, lambda: list(source))
+    assert source.lost
+    assert 10 < len(frames) < 30
 
 
 @has_gstreamer

@@ -15,7 +15,7 @@ import pytest
 from video_helpers import CLASSES, SHARED_VIDEOS, Numbered, Threshold, encode, grey_frames, read_back, within
 
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.video.figures import STAGES
+from aicsd_deploy.video.figures import STAGES, Stopwatch
 from aicsd_deploy.video.lanes import Stop
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
@@ -244,7 +244,7 @@ def test_the_end_does_not_wait_for_a_source_that_is_silent(silent: bool) -> None
     source.answers.set()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_and_the_file_is_playable(tmp_path: Path, number: int) -> None:
     class Interrupts(Numbered):
         def __iter__(self):  # type: ignore[no-untyped-def]
@@ -327,3 +327,14 @@ def test_a_real_video(tmp_path: Path, name: str) -> None:
     times, images = read_back(tmp_path / "out.mp4")
     assert times == pytest.approx([n / 25 for n in range(10)], abs=1e-4)
     assert images[0].shape == (*size_hw, 3)
+
+
+def test_figures_come_when_enough_frames_have_been_shown_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown_s = iter([100, 100.001, 100.002, 100.4, 100.55, 101])
+    watch, frame, fps = Stopwatch("cpu"), Frame(0, np.zeros((2, 2, 3), np.uint8), 0.0), []
+    watch.timed("infer", lambda item: item)(frame)
+    monkeypatch.setattr("aicsd_deploy.video.figures.time.perf_counter", lambda: next(shown_s))
+    for number in range(6):
+        watch.note_shown(frame, frames_in=number, frames_out=number)
+        fps.append(watch.figures().fps)
+    assert fps == pytest.approx([0, 0, 0, 0, 4 / 0.55, 4 / 0.55])

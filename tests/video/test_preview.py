@@ -138,6 +138,12 @@ def test_a_port_that_is_taken() -> None:
         PreviewSink(CLASSES, address=taken.getsockname())
 
 
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a b", "\u00e9" * 80, "a\0b"])
+def test_a_host_that_is_none(host: str) -> None:
+    with pytest.raises(InputError, match="cannot listen"):
+        PreviewSink(CLASSES, address=(host, 0))
+
+
 def test_it_listens_on_an_ipv6_address() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()

@@ -67,6 +67,20 @@ def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
     assert len((tmp_path / "OUT.JSONL").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize(("flags", "code"), [("", 2), ("--max-frames 3", 0)])
+def test_too_few_label_maps_are_told_before_the_work(tmp_path: Path, flags: str, code: int) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(4))
+    (tmp_path / "labels").mkdir()
+    for number in range(3):
+        write_png(tmp_path / "labels" / f"{number}.png", np.zeros((48, 64), np.uint8))
+    done = run_script(
+        tmp_path, f"--engine e.onnx --source in.mp4 --labels labels -o out.mp4 {flags}", fake_network=True
+    )
+    assert done.returncode == code, done.stderr
+    assert ("has 4 frames, but --labels has only 3 label maps" in done.stderr) == (code == 2)
+    assert len(list(tmp_path.glob("out*.mp4"))) == (code == 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [("", ["warning: in.mp4 has 4 frames, but --labels has 6 label maps."]), ("--max-frames 3", [])],
@@ -112,6 +126,8 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
         ("--engine in.mp4 --source in.mp4 -o out.mp4", "not an artefact"),
         ("--engine e.onnx --source in.mp4 -o out.mp4", "e.onnx"),
         ("--engine e.onnx --source in.mp4 -o out.avi", "must end in .mp4, .mkv, .mov (a video)"),
+        ("--engine e.onnx --source in.mp4 -o -", "Cannot write -"),
+        ("--engine e.onnx --source in.mp4 -o .mp4", "Cannot write .mp4"),
         ("--engine e.onnx --source in.mp4 --window", "no display"),
         ("--engine e.onnx --audio", "needs a video"),
         ("--engine e.onnx --source in.mp4 --preview 99999", "not an address"),
@@ -126,6 +142,8 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
         ("--engine e.onnx --opacity 1.5 -o out.mp4", "not an opacity"),
         ("--engine e.onnx --max-frames 0 -o out.mp4", "too small"),
         ("--engine e.onnx --frobnicate", "frobnicate"),
+        ("in.mp4", "write --source in.mp4"),
+        ("--source in.mp4 e.onnx", "write --engine e.onnx"),
     ],
 )
 def test_bad_flags_and_engines_give_one_message_and_no_file(tmp_path: Path, flags: str, says: str) -> None:
