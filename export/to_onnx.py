@@ -9,9 +9,12 @@ are inside, and so are the classes and colours. If it disagrees with the checkpo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
 from aicsd_deploy.cli import (
     Parser,
@@ -42,36 +45,31 @@ with needed_packages():
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "checkpoint", type=Path, nargs="?", help="best.pt of a run (default: the newest student's under runs/)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", help="best.pt of a run (default: the newest student's under runs/)")
+    add(
         "-o",
         "--out",
         type=Path,
         metavar="FILE",
         help="file to write (default: student.onnx or teacher.onnx beside the checkpoint)",
     )
-    parser.add_argument(
+    add(
         "--dynamic",
         choices=["batch", "size"],
         nargs="+",
         default=[],
         help="what may differ from call to call; batch, size or both",
     )
-    parser.add_argument(
-        "--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)"
-    )
-    parser.add_argument(
-        "--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it"
-    )
-    parser.add_argument("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set")
-    parser.add_argument(
+    add("--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)")
+    add("--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it")
+    add("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set")
+    add(
         "--data",
         metavar="SPEC",
         help=f"where the frames for the proof come from: {SPEC_HELP} (default: what it was trained on)",
     )
-    parser.add_argument("--frames", type=positive_int, metavar="N", default=16, help="how many frames the proof takes")
+    add("--frames", type=positive_int, metavar="N", default=16, help="how many frames the proof takes")
     add_json_flag(parser)
     args = parser.parse_args(argv)
     path = args.checkpoint or newest_checkpoint(role="student")

@@ -10,8 +10,11 @@ The run folder holds best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
 from aicsd_deploy.cli import (
     Parser,
