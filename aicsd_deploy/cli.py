@@ -47,6 +47,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
             message += "; write FLAG=VALUE for a value that begins with a dash"
+        message = message.replace("invalid int value:", "not a whole number:").replace(
+            "invalid float value:", "not a number:"
+        )
         say(f"error: {message}\nSee {self.prog} --help for every flag.")
         raise SystemExit(2)
 

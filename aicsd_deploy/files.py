@@ -136,7 +136,7 @@ def existing_file(path: Path | str, what: str) -> Path:
     path = Path(path)
     if path.is_dir():
         inside = f" Give {path / 'best.pt'}." if (path / "best.pt").is_file() else ""
-        raise InputError(f"{what} {path} is a folder, not a file.{inside}")
+        raise InputError(f"{what} {path} is a folder, not a file.{inside or ' Name the file in it.'}")
     if not path.exists():
         raise InputError(f"{what} {path} does not exist. Check the path (working folder: {Path.cwd()}).")
     if not path.is_file():

@@ -112,7 +112,8 @@ class FileDataset(SegmentationDataset):
         if values.shape != image.shape[:2]:
             raise InputError(
                 f"{pair.labels} is {values.shape[0]}x{values.shape[1]} (HxW) but its image {pair.image.name} is "
-                f"{image.shape[0]}x{image.shape[1]}. Labels must have the size of their image."
+                f"{image.shape[0]}x{image.shape[1]}. Labels must have the size of their image: take the image that they "
+                "were drawn on, or scale the mask without smoothing (nearest neighbour)."
             )
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         unknown = present[~self._is_known[present]]
@@ -228,8 +229,8 @@ def read_mask(
     with _opened(path, "label") as picture:
         if picture.format in ("JPEG", "MPO"):  # MPO: a JPEG with a preview, as phones write it
             raise InputError(
-                f"{path} is a JPEG, which changes values where two classes meet, so that its labels are wrong there. Make the "
-                "masks anew as PNG, from what they were drawn with; converting this file keeps the damage."
+                f"{path} is a JPEG. That format changes values where two classes meet, so that labels are wrong there. Make the "
+                "masks anew as PNG, from what they were drawn with; converting the file keeps the damage."
             )
         _refuse_turned(picture, path)
         if picture.mode in ("RGB", "RGBA") and colors is not None:
@@ -293,7 +294,7 @@ def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int | None], path
     unknown = [color for color in triples if color not in values_of]
     if unknown:
         raise InputError(
-            f"{path} is a colour picture with {len(unknown)} colours that no class has, {unknown[0]} for one. If it was "
+            f"{path} is a colour picture with {len(unknown)} colour{'s' if len(unknown) > 1 else ''} that no class has, such as {unknown[0]}. If it was "
             "saved as JPEG or resized smoothly, make it anew without: colours between two classes mean nothing. Else correct "
             "the colours in the class list."
         )
@@ -340,7 +341,7 @@ def _refuse_turned(picture: ImageFile.ImageFile, path: Path) -> None:
         orientation = None
     if orientation in range(2, 9):
         raise InputError(
-            f"{path} is turned by its EXIF tag (orientation {orientation}): viewers show it otherwise than it is stored, and "
+            f"{path} is turned by its EXIF tag (orientation {orientation}). Viewers show it otherwise than it is stored, and "
             "labels are drawn on either, which cannot be told. If on the shown one, turn the pixels (exiftran -ai FILE, or "
             "mogrify -auto-orient FILE); if on the stored one, remove the tag (exiftool -Orientation= FILE)."
         )
