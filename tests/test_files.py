@@ -150,6 +150,9 @@ def test_metadata_survives_json() -> None:
         {"schema_version": 99},
         {"schema_version": float("inf")},
         {"scores": 3},
+        {"model": 3},
+        {"data": "\x1b[2J"},
+        {"classes": [{"name": "\x1b[31ma", "color_rgb": [1, 2, 3]}]},
     ],
 )
 def test_wrong_metadata_is_refused(change: dict[str, object]) -> None:
@@ -158,6 +161,8 @@ def test_wrong_metadata_is_refused(change: dict[str, object]) -> None:
         Metadata.from_dict(value, origin="x.onnx")
     with pytest.raises(InputError, match=r"x\.onnx"):
         Metadata.from_json("[1", origin="x.onnx")
+    with pytest.raises(InputError, match=r"x\.onnx"):
+        Metadata.from_json("[" * 100_000, origin="x.onnx")
 
 
 def test_a_run_folder_in_the_place_of_its_checkpoint_is_told_with_the_name(tmp_path: Path) -> None:

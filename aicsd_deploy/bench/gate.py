@@ -77,7 +77,7 @@ def read_baseline(path: Path) -> dict[str, Any]:
         version = int(report.get("schema_version", 1))
         rows = [(Path(row["path"]), row.items()) for row in report["artifacts"]]
         rows[report.get("reference", 0)]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is no report.json of this toolkit ({error!r}). Give one that demo/benchmark.py wrote."
         ) from error

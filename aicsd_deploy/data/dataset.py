@@ -17,6 +17,7 @@ from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 
 RGB = tuple[int, int, int]
+ADD_OR_LEAVE_OUT = "Add it, or take its image out of the list of the split."
 LabelledImage = tuple[UInt8Array, UInt8Array]
 """A picture, uint8 (H, W, 3) in red, green, blue, and its labels, uint8 (H, W): class indices, 255 where ignored."""
 
@@ -316,7 +317,7 @@ def _read_sbd(path: Path) -> UInt8Array:
     from scipy.io import loadmat
 
     if not path.is_file():
-        raise InputError(f"The label file {path} does not exist.")
+        raise InputError(f"The label file {path} does not exist. {ADD_OR_LEAVE_OUT}")
     try:
         values = loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item()
         return np.ascontiguousarray(values, dtype=np.uint8)  # MATLAB's order is column by column, which OpenCV refuses
@@ -354,9 +355,10 @@ def _opened(path: Path, what: str) -> Iterator[ImageFile.ImageFile]:
         with Image.open(path) as picture:
             yield picture
     except FileNotFoundError as error:
-        raise InputError(f"The {what} file {path} does not exist.") from error
+        raise InputError(f"The {what} file {path} does not exist. {ADD_OR_LEAVE_OUT}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise InputError(
-            f"The {what} file {path} ({size} bytes) is no picture that can be read, or is damaged: {error}."
+            f"The {what} file {path} ({size} bytes) is no picture that can be read, or is damaged: {error}. Copy or make "
+            "it anew."
         ) from error
