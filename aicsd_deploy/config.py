@@ -270,7 +270,8 @@ class DistillConfig(MethodConfig, TrainConfig):
         "classes that it does not name are left out of the teacher's terms (not by at, sp, ickd)",
     )
     image_size: SizeHW = Field(
-        None, description="size the network works on, HEIGHTxWIDTH (default: what the teacher was trained at)"
+        None,
+        description="size the network works on, HEIGHTxWIDTH (default: the teacher's, else that of the first validation image)",
     )
     qat: Annotated[
         Literal["off", "cpu", "tensorrt"],

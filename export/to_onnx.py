@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="best.pt of a run (default: the newest student's under runs/)")
-    add("-o", "--out", type=Path, metavar="FILE", help="file to write (default: student.onnx beside the checkpoint)")
     # fmt: off
+    add("-o", "--out", type=Path, metavar="FILE", help="file to write (default: student.onnx or teacher.onnx beside the checkpoint)")
     add("--dynamic", choices=["batch", "size"], nargs="+", default=[], help="what may differ from call to call; batch, size or both")
     add("--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)")
     add("--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it")
