@@ -47,6 +47,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
             message += "; write FLAG=VALUE for a value that begins with a dash"
+        message = message.replace("invalid int value:", "not a whole number:").replace(
+            "invalid float value:", "not a number:"
+        )
         say(f"error: {message}\nSee {self.prog} --help for every flag.")
         raise SystemExit(2)
 
@@ -200,10 +203,10 @@ def write_result(result: dict[str, Any], path: Path | None) -> None:
 
 @contextmanager
 def needed_packages() -> Iterator[None]:
-    """End the process with one message where a package that is imported in this block is not installed, or at Ctrl-C."""
+    """End the process with one message where a package that is imported in this block is not installed or broken, or at Ctrl-C."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         _fail(_missing_package(error), 2)
     except KeyboardInterrupt:  # imports take their time
         _fail("interrupted", 130)
@@ -232,7 +235,7 @@ def run(command: Callable[[Sequence[str] | None], None], *, parallel: bool = Fal
         _fail(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         _fail(_missing_package(error), 2)
     except BrokenPipeError:
         sys.stderr.close()
@@ -252,10 +255,16 @@ def run(command: Callable[[Sequence[str] | None], None], *, parallel: bool = Fal
     sys.exit(0)
 
 
-def _missing_package(error: ModuleNotFoundError) -> str:
+def _missing_package(error: ImportError) -> str:
+    if not isinstance(error, ModuleNotFoundError):  # such as OpenCV for desktops on a server, which has no libGL
+        return (
+            f"error: a package that this command needs cannot be loaded: {error}. Install what it lacks, or the package again in "
+            "another form, such as opencv-python-headless for opencv-python."
+        )
     return (
-        f"error: this command needs the package {error.name!r}, which is not installed. To train: pip install "
-        "'aicsd-deploy[train,cpu,headless]'; to export: [train,export,cpu,headless]; to run a student: [cpu,video,headless]."
+        f"error: this command needs the package {error.name!r}, which is not installed for {sys.executable}. In a checkout: make "
+        "test sets up .venv with all, and . .venv/bin/activate takes it. Else, to train: pip install '.[train,cpu,headless]'; to "
+        "export: '.[train,export,cpu,headless]'; to run a student: '.[cpu,video,headless]'."
     )
 
 

@@ -19,6 +19,7 @@ from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from typing_extensions import Self
 
 
@@ -65,7 +66,7 @@ class TrainConfig(BaseModel):
         description="checkpoint of the same network to start from (default: random weights, or --backbone-weights)",
     )
     image_size: SizeHW = Field(
-        None, description="size the network works on, HEIGHTxWIDTH (default: the teacher's, or the size of the images)"
+        None, description="size the network works on, HEIGHTxWIDTH (default: that of the first validation image)"
     )
     epochs: int = Field(6, ge=1, description="passes over the training images")
     batch_size: int = Field(
@@ -268,6 +269,10 @@ class DistillConfig(MethodConfig, TrainConfig):
         description="YAML file with lines `student class: teacher class` (or a list of them), for a teacher of other classes; "
         "classes that it does not name are left out of the teacher's terms (not by at, sp, ickd)",
     )
+    image_size: SizeHW = Field(
+        None,
+        description="size the network works on, HEIGHTxWIDTH (default: the teacher's, else that of the first validation image)",
+    )
     qat: Annotated[
         Literal["off", "cpu", "tensorrt"],
         BeforeValidator(lambda value: _switched("qat", value)),
@@ -367,13 +372,21 @@ def validated(config: type[C], values: dict[str, Any]) -> C:
     try:
         return config(**values)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}"
-            + (f" (given: {e['input']!r})" if e["loc"] else "")
-            for e in error.errors()[:8]
-        ]
+        lines = [_said_plainly(e, config) for e in error.errors()[:8]]
         known = f"\nSettings there are: {', '.join(config.model_fields)}." if "extra_forbidden" in str(error) else ""
         raise InputError("The settings cannot be used:\n" + "\n".join(lines) + known) from error
+
+
+def _said_plainly(error: ErrorDetails, config: type[TrainConfig]) -> str:
+    """Return a line about one wrong setting: which, what it must be, and what it is for."""
+    text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    text = text.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    text = "must name at least one" if error["type"] == "too_short" else text
+    if not error["loc"]:  # several settings together: the text names them
+        return f"  {text}"
+    field = config.model_fields.get(str(error["loc"][0]))
+    purpose = "" if field is None else f". It is: {field.description}"
+    return f"  {'.'.join(map(str, error['loc']))}: {text} (given: {error['input']!r}){purpose}"
 
 
 def _plain_type(annotation: Any) -> Any:

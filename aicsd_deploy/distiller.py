@@ -129,9 +129,9 @@ class Distiller:
         if method in FEATURE_LOSSES:
             self._student_tap = FeatureTap(student, self.settings.student_layer, who="student")
             self._teacher_tap = FeatureTap(teacher, self.settings.teacher_layer, who="teacher")
+            with self._autocast(device):  # the teacher's weights may be in half precision already
+                channels = [tap.channels(image_size_hw, device) for tap in (self._student_tap, self._teacher_tap)]
             if method == "ickd":
-                with self._autocast(device):  # the teacher's weights may be in half precision already
-                    channels = [tap.channels(image_size_hw, device) for tap in (self._student_tap, self._teacher_tap)]
                 self.state.adapter = nn.Conv2d(channels[0], channels[1], 1, bias=False).to(device)
 
     def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown:

@@ -54,9 +54,10 @@ class FeatureTap:
     @torch.no_grad()
     def channels(self, image_size_hw: tuple[int, int], device: torch.device) -> int:
         """Return how many channels the map has; one forward pass that leaves the network as it was."""
+        # Not through __call__: where the network is to be compiled, it would be compiled for this one image first.
         modes = [module.training for module in self.network.modules()]
         self.network.eval()
-        self.network(torch.zeros(1, 3, *image_size_hw, dtype=torch.uint8, device=device))
+        self.network.forward(torch.zeros(1, 3, *image_size_hw, dtype=torch.uint8, device=device))
         for module, training in zip(self.network.modules(), modes, strict=True):
             module.training = training
         return self.take().shape[1]

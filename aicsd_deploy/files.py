@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aicsd_deploy.errors import InputError
+from aicsd_deploy.errors import InputError, VerificationError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +24,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed.
+    """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed and `path` stays as it was.
 
     The temporary name keeps the suffix, since several libraries choose the file format by it. Folders that had to be made
     for it and are empty in the end are removed too.
 
     Raises:
         InputError: `path` is a folder, or its folder cannot be made or written to.
+        VerificationError: raised inside; it is said besides that an older file is still there, not to be taken for the new one.
     """
     path = Path(path)
     if path.is_dir():
@@ -43,6 +44,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(path)
+    except VerificationError as error:
+        if not path.exists():
+            raise
+        raise VerificationError(f"{error} {path} is still the file that was there before, as it was.") from error
     except OSError as error:
         if error.errno in DISK_FULL and not error.filename:  # the system does not say for which file
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -136,7 +141,7 @@ def existing_file(path: Path | str, what: str) -> Path:
     path = Path(path)
     if path.is_dir():
         inside = f" Give {path / 'best.pt'}." if (path / "best.pt").is_file() else ""
-        raise InputError(f"{what} {path} is a folder, not a file.{inside}")
+        raise InputError(f"{what} {path} is a folder, not a file.{inside or ' Name the file in it.'}")
     if not path.exists():
         raise InputError(f"{what} {path} does not exist. Check the path (working folder: {Path.cwd()}).")
     if not path.is_file():

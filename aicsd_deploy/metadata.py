@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +30,10 @@ class SegClass:
 
     name: str
     color_rgb: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the name would do something to a terminal that it is printed on."""
+        _plain_text(self.name)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ class Metadata:
                 "scores": {str(k): float(v) for k, v in value["scores"].items()},
                 "provenance": {str(k): str(v) for k, v in value["provenance"].items()},
             }
+            for name in ("model", "precision", "role", "method", "data"):
+                _plain_text(rest.get(name, ""))
             if not classes or height < 1 or width < 1 or rest["channel_order"] not in ("bgr", "rgb"):
                 raise ValueError("no classes, no size or an unknown channel order")
             return cls(**rest)
@@ -128,7 +135,7 @@ class Metadata:
         """Read the JSON form of `to_dict`; see `from_dict`."""
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"The metadata in {origin} is damaged ({error}). Export the file again.") from error
         return cls.from_dict(value, origin=origin)
 
@@ -139,6 +146,11 @@ def onnx_says(path: Path, key: str, value: str) -> bool:
     Their JSON stands in the file as it is, and so can be asked before there is a runtime or a package to read it.
     """
     return f'"{key}": "{value}"'.encode() in path.read_bytes()
+
+
+def _plain_text(text: Any) -> None:
+    if not isinstance(text, str) or any(unicodedata.category(character) == "Cc" for character in text):
+        raise ValueError(f"{text!r} is no text, or has control characters")
 
 
 def _triple(values: Any, kind: type) -> Any:

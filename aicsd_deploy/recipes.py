@@ -66,6 +66,10 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     )
     if name is None:
         name = str(own / BEST)
+        if config.class_map is not None:
+            raise InputError(
+                "--class-map is for a teacher of other classes, and none is given. Name it with --teacher."
+            )
         say(f"There is no teacher for {config.data} yet; training one first into {own}.")
         shared = {
             k: v for k, v in asked.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT
@@ -142,7 +146,7 @@ def _train(
         say(f"device: {device}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "") + processes)
         torch.manual_seed(derived_seed("weights", config.seed))
         # Before the data is looked at, which can take minutes: a name that is wrong is told at once.
-        classes = listed(config.data, "train").classes
+        classes, _ = (listed(config.data, split).classes for split in ("train", "val"))
         network = build_model(config.model, num_classes=len(classes), backbone_weights=config.backbone_weights)
         train_data, val_data = open_checked(config.data, config.cache)
         metadata = Metadata(

@@ -161,8 +161,10 @@ def picture_row(pictures: dict[str, UInt8Array], *, width: int, titled: bool) ->
         height = max(1, round(width * picture.shape[0] / picture.shape[1]))
         tile = cv2.resize(picture, (width - 4, height), interpolation=cv2.INTER_AREA)
         if titled:
-            cv2.putText(tile, title, (8, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (0, 0, 0), 4, cv2.LINE_AA)
-            cv2.putText(tile, title, (8, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255, 255, 255), 2, cv2.LINE_AA)
+            font, room = cv2.FONT_HERSHEY_SIMPLEX, width - 20  # pixels
+            scale = 0.7 * min(1.0, room / cv2.getTextSize(title, font, 0.7, 2)[0][0])
+            cv2.putText(tile, title, (8, 24), font, scale, (0, 0, 0), 4, cv2.LINE_AA)
+            cv2.putText(tile, title, (8, 24), font, scale, (255, 255, 255), 2, cv2.LINE_AA)
         tiles.append(cv2.copyMakeBorder(tile, 0, 4, 0, 4, cv2.BORDER_CONSTANT))
     return np.asarray(np.hstack(tiles), dtype=np.uint8)
 

@@ -10,8 +10,11 @@ decide); the report is written all the same.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
 from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, needed_packages, positive_int, run, write_result
 from aicsd_deploy.console import say, table

@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
+
 from aicsd_deploy.cli import Parser, needed_packages, run
 from aicsd_deploy.console import percent, say
 from aicsd_deploy.errors import AicsdError

@@ -9,9 +9,12 @@ are inside, and so are the classes and colours. If it disagrees with the checkpo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
 from aicsd_deploy.cli import (
     Parser,
@@ -36,42 +39,24 @@ with needed_packages():
     from aicsd_deploy.export.onnx_export import OPSET, export_onnx
     from aicsd_deploy.export.verify import compare, frames_for_comparison, require_agreement
     from aicsd_deploy.metadata import provenance
+    from aicsd_deploy.models import command_for
     from aicsd_deploy.runtime.base import open_backend
     from aicsd_deploy.runtime.torch_backend import TorchBackend
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "checkpoint", type=Path, nargs="?", help="best.pt of a run (default: the newest student's under runs/)"
-    )
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="file to write (default: student.onnx or teacher.onnx beside the checkpoint)",
-    )
-    parser.add_argument(
-        "--dynamic",
-        choices=["batch", "size"],
-        nargs="+",
-        default=[],
-        help="what may differ from call to call; batch, size or both",
-    )
-    parser.add_argument(
-        "--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)"
-    )
-    parser.add_argument(
-        "--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it"
-    )
-    parser.add_argument("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set")
-    parser.add_argument(
-        "--data",
-        metavar="SPEC",
-        help=f"where the frames for the proof come from: {SPEC_HELP} (default: what it was trained on)",
-    )
-    parser.add_argument("--frames", type=positive_int, metavar="N", default=16, help="how many frames the proof takes")
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", help="best.pt of a run (default: the newest student's under runs/)")
+    # fmt: off
+    add("-o", "--out", type=Path, metavar="FILE", help="file to write (default: student.onnx or teacher.onnx beside the checkpoint)")
+    add("--dynamic", choices=["batch", "size"], nargs="+", default=[], help="what may differ from call to call; batch, size or both")
+    add("--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)")
+    add("--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it")
+    add("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set; TensorRT 10 and 11 and every ONNX Runtime since 1.15 read 18: another only where a program asks for it")
+    add("--data", metavar="SPEC", help=f"where the frames for the proof come from: {SPEC_HELP} (default: what it was trained on)")
+    # fmt: on
+    add("--frames", type=positive_int, metavar="N", default=16, help="how many frames the proof takes")
     add_json_flag(parser)
     args = parser.parse_args(argv)
     path = args.checkpoint or newest_checkpoint(role="student")
@@ -110,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(
         f"{out} ({out.stat().st_size / 1e6:.1f} MB), proved in {runtime} on {agreement.frames} frames of {args.data or metadata.data}"
     )
-    say(f"next: python demo/benchmark.py {path} {out}")
+    say(f"next: {command_for(metadata.model, f'python demo/benchmark.py {path} {out}')}")
     write_result({"path": str(out), "agreement": asdict(agreement)}, args.json)
 
 

@@ -13,8 +13,11 @@ desktop RTX cards on any machine.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
 from aicsd_deploy.cli import (
     Parser,

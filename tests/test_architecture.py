@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,4 +177,25 @@ def test_every_command_says_which_package_is_missing(start: list[str], tmp_path:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "not installed" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("script", [path for path, _ in SCRIPTS.values() if path != "demo/video.py"])
+def test_a_python_without_any_package_is_told_what_to_install(script: str, tmp_path: Path) -> None:
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", str(REPO / script)]  # -S: nothing that was installed, not even this package
+    result = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "pip install" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_package_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    path = os.pathsep.join([str(tmp_path), str(REPO)])
+    command = [sys.executable, str(REPO / "train/evaluate.py")]
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "libGL.so.1" in result.stderr
     assert "Traceback" not in result.stderr

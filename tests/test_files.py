@@ -15,7 +15,7 @@ import torch
 from helpers import REPO
 
 from aicsd_deploy.checkpoint import load_checkpoint
-from aicsd_deploy.errors import InputError
+from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.files import atomic_path, existing_file, write_json, write_png
 from aicsd_deploy.metadata import Metadata, SegClass
 
@@ -34,6 +34,21 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: P
         fail()
     assert json.loads(path.read_text()) == {"old": 1}
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_new_file_that_fails_its_proof_says_that_the_old_one_is_still_there(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_path(tmp_path / "student.plan"):
+            raise VerificationError("It is wrong.")
+
+    with pytest.raises(VerificationError, match=r"^It is wrong\.$"):
+        fail()
+    (tmp_path / "student.plan").write_text("older")
+    with pytest.raises(
+        VerificationError, match=r"^It is wrong\. .*student\.plan is still the file that was there before"
+    ):
+        fail()
+    assert (tmp_path / "student.plan").read_text() == "older"
 
 
 def test_a_folder_in_the_way_and_a_file_for_a_folder_are_said(tmp_path: Path) -> None:
@@ -135,6 +150,9 @@ def test_metadata_survives_json() -> None:
         {"schema_version": 99},
         {"schema_version": float("inf")},
         {"scores": 3},
+        {"model": 3},
+        {"data": "\x1b[2J"},
+        {"classes": [{"name": "\x1b[31ma", "color_rgb": [1, 2, 3]}]},
     ],
 )
 def test_wrong_metadata_is_refused(change: dict[str, object]) -> None:
@@ -143,6 +161,8 @@ def test_wrong_metadata_is_refused(change: dict[str, object]) -> None:
         Metadata.from_dict(value, origin="x.onnx")
     with pytest.raises(InputError, match=r"x\.onnx"):
         Metadata.from_json("[1", origin="x.onnx")
+    with pytest.raises(InputError, match=r"x\.onnx"):
+        Metadata.from_json("[" * 100_000, origin="x.onnx")
 
 
 def test_a_run_folder_in_the_place_of_its_checkpoint_is_told_with_the_name(tmp_path: Path) -> None:

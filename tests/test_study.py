@@ -18,7 +18,7 @@ from aicsd_deploy.config import DistillConfig
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.study import cells as cells_module
 from aicsd_deploy.study.cells import StudyConfig
-from aicsd_deploy.study.plots import draw_strip
+from aicsd_deploy.study.plots import TILE_WIDTH, draw_strip, strip_methods
 from aicsd_deploy.study.results import paired_difference, summarize
 
 RECIPE = """
@@ -76,6 +76,16 @@ def test_a_study_goes_on_and_leaves_table_and_pictures(studied: Path) -> None:
     assert "| gentle |" in (out / "study.md").read_text()
     for picture in ("curves.png", "classes.png", "strip.png"):
         assert (out / picture).stat().st_size > 1000
+    tiles = ["frame", "truth", "CE", "kd", "gentle", "teacher"]
+    assert cv2.imread(str(out / "strip.png")).shape[1] == len(tiles) * TILE_WIDTH
+
+
+def test_the_strip_shows_the_best_methods_of_the_study_beside_cross_entropy() -> None:
+    scores = {"none": 0.1, "kd": 0.5, "cwd": 0.9, "dist": 0.8, "aicsd": 0.2, "icsd": 0.7}
+    methods = {name: {"miou_mean": score} for name, score in scores.items()}
+    assert strip_methods(methods) == ["none", "cwd", "dist", "icsd"]
+    del methods["none"]
+    assert strip_methods(methods) == ["kd", "cwd", "dist", "icsd"]
 
 
 def test_the_cells_of_a_seed_start_from_the_same_weights_and_see_the_same_images(studied: Path) -> None:

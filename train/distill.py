@@ -10,8 +10,11 @@ The run folder holds best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
 from aicsd_deploy.cli import (
     Parser,
@@ -28,6 +31,7 @@ from aicsd_deploy.runs import new_run_folder
 
 with needed_packages():
     from aicsd_deploy.config import DistillConfig, add_config_flags, read_config
+    from aicsd_deploy.models import command_for
     from aicsd_deploy.recipes import distill
 
 
@@ -52,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(
             f"with INT8 imitated: {percent(summary['imitated_int8_miou'])} %; export/to_int8.py tells what the real one has"
         )
-    say(f"run folder: {out}\nnext: {shlex.join(['python', 'export/to_onnx.py', str(out / 'best.pt')])}")
+    following = shlex.join(["python", "export/to_onnx.py", str(out / "best.pt")])
+    say(f"run folder: {out}\nnext: {command_for(summary['model'], following)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
+
 from aicsd_deploy.cli import Parser, add_json_flag, needed_packages, run, write_result
 from aicsd_deploy.console import say
 from aicsd_deploy.files import write_json, write_text

@@ -8,7 +8,11 @@ The run folder holds best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
 from aicsd_deploy.cli import (
     Parser,
@@ -27,6 +31,7 @@ with needed_packages():
     from aicsd_deploy.config import TrainConfig, add_config_flags, read_config
     from aicsd_deploy.data.check import check_dataset, check_splits, write_overlays
     from aicsd_deploy.data.spec import open_dataset
+    from aicsd_deploy.models import command_for
     from aicsd_deploy.recipes import train_teacher
 
 
@@ -35,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_config_flags(parser, TrainConfig)
     add_run_flags(parser, folder="runs/TIME-teacher-MODEL")
     parser.add_argument(
-        "--check-data", action="store_true", help="only look at the data: ids, pixels per class, a few overlays"
+        "--check-data",
+        action="store_true",
+        help="only look at the data: ids, pixels per class, and a few overlays where --out is given",
     )
     add_json_flag(parser)
     args = parser.parse_args(argv)
@@ -50,14 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = check_dataset(dataset)
             reports[split] = report.to_dict()
             say(report.to_text())
-            say("\n".join(str(path) for path in write_overlays(dataset, out)))
+            if args.out is not None:
+                say("\n".join(str(path) for path in write_overlays(dataset, args.out)))
         check_splits(open_dataset(config.data, "train"), open_dataset(config.data, "val"))
         write_result(reports, args.json)
         return
     summary = train_teacher(config, out, resume=resume)
     write_result(summary, args.json)
     following = shlex.join(["python", "train/distill.py", "--data", config.data, "--teacher", str(out / "best.pt")])
-    say(f"run folder: {out}\nnext: {following}")
+    say(f"run folder: {out}\nnext: {command_for(summary['model'], following)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from aicsd_deploy.runtime.base import STAGES
 WIDTH = 720
 _LEFT = 190
 """Room for the names of artefacts, in pixels of the drawing."""
+_AXIS = 56
+"""Room for the numbers of the axis of mIoU."""
 
 
 def pareto(
@@ -22,11 +24,13 @@ def pareto(
     Args:
         names: one for each artefact, as for the other arguments.
         p50_ms: median latency; the axis is logarithmic.
-        intervals_ms: of the median, (low, high); what lies outside the drawing is cut off.
+        intervals_ms: of the median, (low, high). The axis makes room for them up to three times beyond the medians (of a few
+            rounds only, they go from 0 to anywhere); what is cut off ends in an arrow.
         miou: fractions, 0 to 1.
     """
-    height, left, right, top, bottom = 376, 56, 150, 32, 44
-    x_low, x_high = 0.8 * min(p50_ms), 1.25 * max(p50_ms)
+    height, left, right, top, bottom = 376, _AXIS, 150, 32, 44
+    x_low = 0.8 * max(min(low for low, _ in intervals_ms), min(p50_ms) / 3)
+    x_high = 1.25 * min(max(high for _, high in intervals_ms), 3 * max(p50_ms))
     spread = max(0.01, max(miou) - min(miou))
     y_low, y_high = min(miou) - 0.25 * spread, max(miou) + 0.25 * spread  # beyond 0 and 1 too: names need the room
 
@@ -57,16 +61,24 @@ def pareto(
     points = " ".join(f"{x(p50_ms[i]):.1f},{y(miou[i]):.1f}" for i in best)
     parts.append(f'<polyline points="{points}" class="front"/>')
     taken = [(x(ms) - 8, y(score) - 8, x(ms) + 8, y(score) + 8) for ms, score in zip(p50_ms, miou, strict=True)]
+    dots, labels = [], []
+    for i, (name, (low, high)) in enumerate(zip(names, intervals_ms, strict=True)):
+        at_x, at_y, kind = x(p50_ms[i]), y(miou[i]), f"s{i % 8}"
+        left_x, right_x = x(max(low, x_low)), x(min(high, x_high))
+        parts.append(_line(left_x, at_y, right_x, at_y, f"whisker {kind}"))
+        parts += [_arrow(left_x, at_y, -1, kind)] * (low < x_low) + [_arrow(right_x, at_y, 1, kind)] * (high > x_high)
+        taken.append((left_x, at_y - 2, right_x, at_y + 2))
+        text = f"{name}: {p50_ms[i]:.2f} ms ({low:.2f} to {high:.2f}), {100 * miou[i]:.2f} %"
+        dots.append(
+            f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="6" class="{kind}"><title>{escape(text)}</title></circle>'
+        )
     for i in sorted(range(len(names)), key=lambda i: y(miou[i])):
         at_x, at_y = x(p50_ms[i]), y(miou[i])
-        low, high = (min(max(ms, x_low), x_high) for ms in intervals_ms[i])  # a few rounds only: from 0 to anywhere
-        parts.append(_line(x(low), at_y, x(high), at_y, f"whisker s{i % 8}"))
-        text = f"{names[i]}: {p50_ms[i]:.2f} ms, {100 * miou[i]:.2f} %"
-        parts.append(
-            f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="6" class="s{i % 8}"><title>{escape(text)}</title></circle>'
-        )
         label_x, label_y, anchor = _place_for_name(names[i], at_x, at_y, taken)
-        parts.append(_text(label_x, label_y, names[i], anchor, "label"))
+        if abs(label_y - 4 - at_y) > 8:
+            parts.append(_line(at_x, at_y, label_x, label_y - 4, f"leader s{i % 8}"))
+        labels.append(_text(label_x, label_y, names[i], anchor, "label"))
+    parts += dots + labels  # on top of all lines
     return _svg(height, "mIoU over latency", parts)
 
 
@@ -84,7 +96,7 @@ def _place_for_name(name: str, at_x: float, at_y: float, taken: list[_Box]) -> t
             crossed = sum(
                 box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
             )
-            outside = left < 0 or box[2] > WIDTH
+            outside = left < _AXIS or box[2] > WIDTH
             places.append((outside, crossed, anchor, box))
     _, _, anchor, box = min(places, key=lambda place: place[:2])  # the first, so the nearest, of the best
     taken.append(box)
@@ -207,6 +219,10 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def _arrow(x: float, y: float, towards: int, kind: str) -> str:
+    return f'<path d="M{x:.1f},{y - 5:.1f} l{7 * towards},5 l{-7 * towards},5 z" class="{kind}"/>'
 
 
 def _bar(x: float, y: float, width: float, height: float, kind: str, tip: str) -> str:

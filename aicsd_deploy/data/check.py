@@ -95,7 +95,7 @@ def check_dataset(dataset: SegmentationDataset) -> DataReport:
         more = f"\n… and {len(problems) - MOST_PROBLEMS_SHOWN} more" if len(problems) > MOST_PROBLEMS_SHOWN else ""
         raise InputError(
             f"{len(problems)} of {len(dataset)} images of {dataset.spec} ({dataset.split}) cannot be used:\n"
-            + "\n".join(problems[:MOST_PROBLEMS_SHOWN])
+            + "\n".join(_with_advice_once(problems[:MOST_PROBLEMS_SHOWN]))
             + more
         )
     if all(dataset.is_grey(index) for index in range(len(dataset))):
@@ -116,6 +116,15 @@ def check_dataset(dataset: SegmentationDataset) -> DataReport:
             "the place of 255."
         )
     return DataReport(dataset, counts.sum(axis=0), (counts > 0).sum(axis=0), sizes)
+
+
+def _with_advice_once(problems: list[str]) -> list[str]:
+    """Return messages with what they say after their first sentence only once where it is the same for several."""
+    by_advice: dict[str, list[str]] = {}
+    for problem in problems:
+        what, _, advice = problem.partition(". ")
+        by_advice.setdefault(advice, []).append(what + "." if advice else what)
+    return [line for advice, lines in by_advice.items() for line in [*lines, advice] if line]
 
 
 def check_splits(train: SegmentationDataset, val: SegmentationDataset) -> None:

@@ -17,6 +17,7 @@ from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 
 RGB = tuple[int, int, int]
+ADD_OR_LEAVE_OUT = "Add it, or take its image out of the list of the split."
 LabelledImage = tuple[UInt8Array, UInt8Array]
 """A picture, uint8 (H, W, 3) in red, green, blue, and its labels, uint8 (H, W): class indices, 255 where ignored."""
 
@@ -112,7 +113,8 @@ class FileDataset(SegmentationDataset):
         if values.shape != image.shape[:2]:
             raise InputError(
                 f"{pair.labels} is {values.shape[0]}x{values.shape[1]} (HxW) but its image {pair.image.name} is "
-                f"{image.shape[0]}x{image.shape[1]}. Labels must have the size of their image."
+                f"{image.shape[0]}x{image.shape[1]}. Labels must have the size of their image: take the image that they "
+                "were drawn on, or scale the mask without smoothing (nearest neighbour)."
             )
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         unknown = present[~self._is_known[present]]
@@ -228,8 +230,8 @@ def read_mask(
     with _opened(path, "label") as picture:
         if picture.format in ("JPEG", "MPO"):  # MPO: a JPEG with a preview, as phones write it
             raise InputError(
-                f"{path} is a JPEG, which changes values where two classes meet, so that its labels are wrong there. Make the "
-                "masks anew as PNG, from what they were drawn with; converting this file keeps the damage."
+                f"{path} is a JPEG. That format changes values where two classes meet, so that labels are wrong there. Make the "
+                "masks anew as PNG, from what they were drawn with; converting the file keeps the damage."
             )
         _refuse_turned(picture, path)
         if picture.mode in ("RGB", "RGBA") and colors is not None:
@@ -293,7 +295,7 @@ def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int | None], path
     unknown = [color for color in triples if color not in values_of]
     if unknown:
         raise InputError(
-            f"{path} is a colour picture with {len(unknown)} colours that no class has, {unknown[0]} for one. If it was "
+            f"{path} is a colour picture with {len(unknown)} colour{'s' if len(unknown) > 1 else ''} that no class has, such as {unknown[0]}. If it was "
             "saved as JPEG or resized smoothly, make it anew without: colours between two classes mean nothing. Else correct "
             "the colours in the class list."
         )
@@ -315,7 +317,7 @@ def _read_sbd(path: Path) -> UInt8Array:
     from scipy.io import loadmat
 
     if not path.is_file():
-        raise InputError(f"The label file {path} does not exist.")
+        raise InputError(f"The label file {path} does not exist. {ADD_OR_LEAVE_OUT}")
     try:
         values = loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item()
         return np.ascontiguousarray(values, dtype=np.uint8)  # MATLAB's order is column by column, which OpenCV refuses
@@ -340,7 +342,7 @@ def _refuse_turned(picture: ImageFile.ImageFile, path: Path) -> None:
         orientation = None
     if orientation in range(2, 9):
         raise InputError(
-            f"{path} is turned by its EXIF tag (orientation {orientation}): viewers show it otherwise than it is stored, and "
+            f"{path} is turned by its EXIF tag (orientation {orientation}). Viewers show it otherwise than it is stored, and "
             "labels are drawn on either, which cannot be told. If on the shown one, turn the pixels (exiftran -ai FILE, or "
             "mogrify -auto-orient FILE); if on the stored one, remove the tag (exiftool -Orientation= FILE)."
         )
@@ -353,9 +355,10 @@ def _opened(path: Path, what: str) -> Iterator[ImageFile.ImageFile]:
         with Image.open(path) as picture:
             yield picture
     except FileNotFoundError as error:
-        raise InputError(f"The {what} file {path} does not exist.") from error
+        raise InputError(f"The {what} file {path} does not exist. {ADD_OR_LEAVE_OUT}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise InputError(
-            f"The {what} file {path} ({size} bytes) is no picture that can be read, or is damaged: {error}."
+            f"The {what} file {path} ({size} bytes) is no picture that can be read, or is damaged: {error}. Copy or make "
+            "it anew."
         ) from error

@@ -46,6 +46,11 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict
     Raises:
         InputError: the file is missing, a line is not `index name R G B`, a class has the value 255, or two have one name.
     """
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist, which tells what the values in the masks mean. Write a line for each class: the value, the "
+            "name, and red, green, blue for pictures, for example: 0 road 128 64 128"
+        )
     existing_file(path, "The class list")
     found: dict[int, SegClass] = {}
     for number, line in enumerate(_lines(path), start=1):
@@ -60,7 +65,7 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict
         except ValueError:
             raise InputError(
                 f"{path}, line {number}: {line.strip()!r} is not `index name R G B` with an index used once and numbers from "
-                "0 to 255."
+                "0 to 255, for example: 0 road 128 64 128"
             ) from None
     reserved = found.get(IGNORE_LABEL)
     if reserved is not None and reserved.name.lower() not in IGNORED_NAMES:
@@ -72,7 +77,10 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict
         value for value in sorted(found) if found[value].name.lower() not in IGNORED_NAMES and value != IGNORE_LABEL
     ]
     if len(kept) < 2:
-        raise InputError(f"{path} names {len(kept)} classes; segmentation needs at least two.")
+        raise InputError(
+            f"{path} names {len(kept)} class{'' if len(kept) == 1 else 'es'}, but there must be two to tell apart. Add the others, such "
+            "as the background, or name none of them void."
+        )
     names = Counter(found[value].name for value in kept)
     shared = next((name for name in names if names[name] > 1), None)
     if shared is not None:
@@ -132,11 +140,18 @@ def pair_up(images: Path, labels: Path, *, stems: list[str] | None = None, label
     chosen = sorted(image_files) if stems is None else stems
     if not chosen:
         raise InputError(f"The split list beside {images.parent} names no image. Fill it, or remove it to take all.")
-    for stem in chosen:
-        if stem not in image_files:
-            raise InputError(f"{images} has no image {stem!r}, which the split's list names.")
-        if stem not in label_files:
-            raise InputError(f"{labels} has no label file for the image {image_files[stem].name}.")
+    unknown = [stem for stem in chosen if stem not in image_files]
+    if unknown:
+        raise InputError(
+            f"{images} lacks {len(unknown)} of the {len(chosen)} images that the split's list names, {unknown[0]!r} for one. Add "
+            "them, or take their lines out of the list."
+        )
+    unlabelled = [image_files[stem].name for stem in chosen if stem not in label_files]
+    if unlabelled:
+        raise InputError(
+            f"{len(unlabelled)} of the {len(chosen)} images in {images} have no mask of their name in {labels}, {unlabelled[0]} for "
+            "one. Add the masks, or take those images away (or out of the split's list)."
+        )
     alone = sorted(label_files.keys() - image_files.keys())
     if alone and stems is None:
         say(
@@ -148,7 +163,7 @@ def pair_up(images: Path, labels: Path, *, stems: list[str] | None = None, label
 def _by_stem(folder: Path, what: str, *, end: str = "") -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(
-            f"{folder} does not exist, where the {what} of this split are expected. See README, 'Your own data'."
+            f"{folder} does not exist, where the {what} of this split are expected. README shows the layouts under 'Data'."
         )
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):

@@ -137,7 +137,6 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
         _say_kept(float32_nodes, len(lowered.low), half)
     engine = build_engine(graph, request.flavor, options)
     _say_precision(engine.precision)
-    require_precision(engine.precision, request.precision, str(out))
     gpu = _gpu_for(request.flavor, options.targets)
     card = EngineCard(
         plan_sha256=hashlib.sha256(engine.plan).hexdigest(),
@@ -156,6 +155,7 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
     )
     limits = request.limits or LIMITS[request.precision]
     with atomic_path(out) as plan:
+        require_precision(engine.precision, request.precision, str(out))
         plan.write_bytes(engine.plan)
         with reference, _candidate(plan, card, runnable, gpu) as (candidate, what):
             say(f"comparing {what} with {reference_path}")

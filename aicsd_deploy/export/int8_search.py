@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aicsd_deploy.console import percent, progress, say
 from aicsd_deploy.data.dataset import SegmentationDataset, Subset, evenly_spread
-from aicsd_deploy.errors import VerificationError
+from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.evaluate import evaluate
 from aicsd_deploy.export.quantize import Quantizer, Target
 from aicsd_deploy.export.verify import compare, frames_for_comparison
@@ -73,6 +73,7 @@ def quantize_within(
         max_miou_drop: mIoU that may be lost, as a fraction.
 
     Raises:
+        InputError: with `keep_float`, nothing is left to quantise.
         VerificationError: it loses more even with half of its layers in float.
     """
     calibration = evenly_spread(len(train), frames)
@@ -85,6 +86,11 @@ def quantize_within(
         with open_backend(source, device="cpu") as backend:
             float_scores = _scores(backend, val, "scoring the float file")
         always = [quantizer.layers[{"first": 0, "last": -1}[name]] for name in keep_float]
+        if not set(quantizer.layers) - set(always):
+            raise InputError(
+                f"--keep-float {' '.join(keep_float)} leaves every convolution of {source} in float (it has "
+                f"{len(quantizer.layers)}), so that nothing would be INT8. Keep fewer, or use the float32 file as it is."
+            )
         result = Int8Result(float_scores, float_scores, methods[0], float_layers=always)
 
         def attempt(dataset: SegmentationDataset, method: str, layers: Sequence[str], title: str) -> Scores:
@@ -107,12 +113,13 @@ def quantize_within(
         if result.drop > max_miou_drop:
             say(f"{_change(result.drop)}, {100 * max_miou_drop:.2f} may be lost: looking for costly layers")
             result.layer_costs = _layer_costs(quantizer, held_out, result.method)
-        ranked = sorted(result.layer_costs, key=lambda name: -result.layer_costs[name])
+        others_by_cost = (name for name in result.layer_costs if name not in always)
+        ranked = sorted(others_by_cost, key=lambda name: -result.layer_costs[name])
         half = len(ranked) // 2
         for count in sorted({*(2**i for i in range(half.bit_length())), half} - {0}):
             if result.drop <= max_miou_drop:
                 break
-            result.float_layers = [*always, *(name for name in ranked[:count] if name not in always)]
+            result.float_layers = [*always, *ranked[:count]]
             result.int8_scores = attempt(val, result.method, result.float_layers, f"proving, {count} layers in float")
             say(f"{count} layers in float: {_change(result.drop)}")
     finally:

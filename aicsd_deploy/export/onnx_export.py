@@ -57,9 +57,14 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
                 verbose=False,
             )
     except Exception as error:
+        advice = (
+            "without --dynamic size"
+            if "size" in metadata.dynamic
+            else f"with --opset {OPSET}, or change that in the network"
+        )
         raise InputError(
             f"PyTorch {torch.__version__} cannot export {metadata.model} with dynamic {sorted(metadata.dynamic) or 'nothing'}: "
-            f"{first_line(error)}. Try it without --dynamic size."
+            f"{first_line(error)}. Try it {advice}."
         ) from error
     assert program is not None
     model = program.model_proto

@@ -123,6 +123,7 @@ class Quantizer:
         self.metadata = _metadata(model, source)
         if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             raise InputError(f"{source} is quantised already. Give the float32 file that export/to_onnx.py wrote.")
+        self._input = model.graph.input[0].name
         self._frames = [as_input(frame, self.metadata) for frame in frames_bgr]
         if self._recipe.on_pixels:
             fold_preprocessing(model, self.metadata)
@@ -158,7 +159,7 @@ class Quantizer:
             quantize_static(
                 self._source,
                 path,
-                _Reader(self._frames),
+                _Reader(self._input, self._frames),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=recipe.operators,
                 per_channel=True,
@@ -185,8 +186,8 @@ class Quantizer:
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
     """Hands the frames to the calibrator, all or a range of them at a time."""
 
-    def __init__(self, frames_NHWC: Sequence[UInt8Array]) -> None:
-        self._frames = frames_NHWC
+    def __init__(self, name: str, frames_NHWC: Sequence[UInt8Array]) -> None:
+        self._name, self._frames = name, frames_NHWC
         self.set_range(0, len(frames_NHWC))
 
     def __len__(self) -> int:
@@ -197,7 +198,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has n
 
     def get_next(self) -> dict[str, UInt8Array] | None:
         frame = next(self._left, None)
-        return None if frame is None else {"frames": frame}
+        return None if frame is None else {self._name: frame}
 
 
 def _metadata(model: onnx.ModelProto, origin: Path) -> Metadata:

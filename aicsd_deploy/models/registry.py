@@ -95,6 +95,12 @@ def _from_smp(name: str, num_classes: int) -> nn.Module:
     return model
 
 
+def command_for(model: str, command: str) -> str:
+    """Return a shell command, with the word that a checkpoint of your own network needs before it is opened."""
+    own = ":" in model and not model.startswith("smp:")
+    return f"{TRUST_VARIABLE}={model} {command}" if own else command
+
+
 def load_callable(name: str, num_classes: int, *, from_artifact: bool = False) -> nn.Module:
     """Return what your own `package.module:function` makes of the number of classes; see `build_model`.
 

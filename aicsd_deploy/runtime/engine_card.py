@@ -134,7 +134,7 @@ def read_card(plan: Path) -> EngineCard:
         )
         if card.flavor not in NAMES or any(len(profile) != 3 for profile in card.profiles):
             raise ValueError(f"flavor {card.flavor!r}, {len(card.profiles)} profiles")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged or was not written by this toolkit ({error!r}). Build the engine again with export/to_trt.py."
         ) from error

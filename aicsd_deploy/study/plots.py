@@ -22,7 +22,8 @@ from aicsd_deploy.tracking import picture_row, pyplot, save_figure
 from aicsd_deploy.training.last import LAST
 from aicsd_deploy.video.overlay import Overlay
 
-STRIP = ("none", "kd", "aicsd")
+STRIP_METHODS = 4
+"""With frame, truth and teacher, as many tiles as stay large enough to see something."""
 TILE_WIDTH = 320
 
 
@@ -35,8 +36,8 @@ def plot_study(study: dict[str, Any], out: Path) -> list[Path]:
 
 
 def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *, count: int = 4) -> Path:
-    """Draw strip.png: rows of frame, truth, then what CE, KD, AICSD (of the first seed) and the teacher make of it."""
-    chosen = [n for n in STRIP if n in study["methods"]] or list(study["methods"])[:3]
+    """Draw strip.png: rows of frame, truth, then what methods (of the first seed, see `strip_methods`) and the teacher make of it."""
+    chosen = strip_methods(study["methods"])
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     backends: dict[str, Backend] = {}
     for name in chosen:
@@ -59,6 +60,12 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
     path = out / "strip.png"
     write_png(path, np.vstack(rows))
     return path
+
+
+def strip_methods(methods: dict[str, dict[str, Any]]) -> list[str]:
+    """Return up to four methods in the study's order: CE, to compare with, and the best of the others by their mean score."""
+    best_first = sorted(methods, key=lambda name: (name != "none", -methods[name]["miou_mean"]))[:STRIP_METHODS]
+    return [name for name in methods if name in best_first]
 
 
 def _teacher_backend(

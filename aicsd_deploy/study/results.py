@@ -113,6 +113,7 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
             "− CE, − KD: mean difference of the cells of the same seed, in points, with its 95 % interval (Student's t).",
             "Time: wall-clock of a cell, checks and scoring included; of one that was stopped, only since it last went on.",
             "MiB: peak memory (the GPU's where there is one, else the process's).",
+            "strip.png shows CE, the best of the other methods, up to four in all, and the teacher.",
             "",
             f"Machine: {', '.join(f'{k} {v}' for k, v in facts.items())}.",
             "",

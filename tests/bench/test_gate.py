@@ -142,6 +142,7 @@ def test_what_is_held_against_the_reference_needs_the_same_one() -> None:
         ({"artifacts": [{"path": "s.onnx", "miou": float("nan")}]}, r"is no report\.json.*NaN"),
         ({"artifacts": ["s.onnx"]}, r"is no report\.json"),
         ({"reference": 7}, r"is no report\.json"),
+        ({"environment": None}, r"is no report\.json"),
     ],
 )
 def test_a_baseline_that_cannot_be_read_is_refused(tmp_path: Path, change: dict[str, Any], message: str | None) -> None:

@@ -348,21 +348,27 @@ def test_the_pareto_front_leaves_out_what_is_beaten_in_both() -> None:
     assert len(points.split()) == 2
 
 
-def test_an_interval_that_leaves_the_pareto_plot_is_cut_off() -> None:
-    drawing = charts.pareto(["a", "b"], [10, 20], [(0, 400), (19, 21)], [0.5, 0.6])  # of two rounds, say
-    ends = [float(x) for x in re.findall(r'x[12]="([^"]+)"[^>]*whisker s0', drawing)]
-    assert ends
-    assert all(0 < x < charts.WIDTH for x in ends)
+def test_a_wide_interval_is_in_the_pareto_plot_and_one_without_end_goes_on_in_an_arrow() -> None:
+    drawing = charts.pareto(["a", "b"], [10, 20], [(0, 400), (12, 32)], [0.5, 0.6])  # of two rounds, say
+    for kind in ("s0", "s1"):
+        ((begin, end),) = re.findall(rf'x1="([^"]+)"[^>]*x2="([^"]+)"[^>]*whisker {kind}', drawing)
+        assert 0 < float(begin) < float(end) < charts.WIDTH
+    assert len(re.findall('<path[^>]*class="s0"', drawing)) == 2, "an arrow at both ends"
+    assert not re.search('<path[^>]*class="s1"', drawing)
+    whole = charts.pareto(["a", "b"], [10, 20], [(5, 55), (12, 32)], [0.5, 0.6])
+    assert "<path" not in whole
 
 
-def test_names_in_the_pareto_plot_lie_neither_on_each_other_nor_on_dots() -> None:
+def test_names_in_the_pareto_plot_lie_neither_on_each_other_nor_on_dots_nor_on_intervals() -> None:
     names = ["student.openvino.int8.onnx", "student.int8.onnx", "student.onnx", "student.pt", "student.plan"]
     p50_ms, miou = [16.0, 16.5, 18.0, 18.2, 18.1], [0.608, 0.608, 0.609, 0.607, 0.608]
-    drawing = charts.pareto(names, p50_ms, [(ms, ms) for ms in p50_ms], miou)
+    drawing = charts.pareto(names, p50_ms, [(ms, 1.2 * ms) for ms in p50_ms], miou)
     boxes = [
         (float(x) - 6, float(y) - 6, float(x) + 6, float(y) + 6)
         for x, y in re.findall(r'<circle cx="([^"]*)" cy="([^"]*)"', drawing)
     ]
+    whiskers = re.findall(r'<line x1="([^"]*)" y1="([^"]*)" x2="([^"]*)" y2="([^"]*)" class="whisker', drawing)
+    boxes += [(float(x1), float(y1) - 1, float(x2), float(y2) + 1) for x1, y1, x2, y2 in whiskers]
     for name in names:
         found = re.search(rf'<text x="([^"]*)" y="([^"]*)" text-anchor="(start|end)"[^>]*>{name}<', drawing)
         assert found is not None
@@ -371,7 +377,8 @@ def test_names_in_the_pareto_plot_lie_neither_on_each_other_nor_on_dots() -> Non
         box = (left, baseline - 10, left + width, baseline + 2)
         assert not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes), name
         boxes.append(box)
-    assert len(boxes) == 2 * len(names)
+    assert len(boxes) == 3 * len(names)
+    assert drawing.rindex("<line") < drawing.index("<circle"), "no line strikes through a dot or a name"
 
 
 def test_names_from_outside_do_not_become_markup(report: dict[str, Any], tmp_path: Path) -> None:

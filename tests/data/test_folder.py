@@ -67,7 +67,7 @@ def test_camvid_in_its_original_colours(tmp_path: Path) -> None:
     names = [*(c.name for c in dataset.classes), *["void"] * 245]
     assert [names[i] for i in dataset.load(0)[1].ravel()] == [name for name, group in groups.items() for _ in group]
     Image.new("RGB", (8, 4), (1, 2, 3)).save(tmp_path / "train_labels/0001TP_006690_L.png")
-    with pytest.raises(InputError, match=r"1 colours that no class has, \(1, 2, 3\)"):
+    with pytest.raises(InputError, match=r"1 colour that no class has, such as \(1, 2, 3\)"):
         dataset.load(0)
 
 
@@ -151,12 +151,22 @@ def break_image_cut_off(root: Path) -> str:
 
 def break_color_mask(root: Path) -> str:
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(root / "train/labels/007.png")
-    return "colours that no class has, (0, 0, 0)"
+    return "1 colour that no class has, such as (0, 0, 0)"
 
 
 def break_missing_label(root: Path) -> str:
     (root / "train/labels/008.png").unlink()
-    return "no label file for the image 008.png"
+    return "1 of the 12 images"
+
+
+def break_list(root: Path) -> str:
+    (root / "train.txt").write_text("001\n002\n901\n902\n")
+    return "lacks 2 of the 4 images that the split's list names, '901'"
+
+
+def break_no_class_list(root: Path) -> str:
+    (root / "classes.txt").unlink()
+    return "Write a line for each class"
 
 
 def break_empty_folder(root: Path) -> str:
@@ -213,6 +223,8 @@ def break_everything_ignored(root: Path) -> str:
         break_image_cut_off,
         break_color_mask,
         break_missing_label,
+        break_list,
+        break_no_class_list,
         break_empty_folder,
         break_no_folder,
         break_class_list,
@@ -250,6 +262,27 @@ def test_check_data_prints_and_writes_overlays(folder_data: Path, tmp_path: Path
     assert {split: report["images"] for split, report in written.items()} == {"train": 12, "val": 4}
     assert "green" in result.stderr
     assert len(list((tmp_path / "look").glob("*.png"))) == 10
+
+
+def test_check_data_without_a_folder_leaves_none(folder_data: Path, tmp_path: Path) -> None:
+    before = set(tmp_path.rglob("*"))
+    result = call_script("train/teacher.py", "--data", f"folder:{folder_data}", "--check-data", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "green" in result.stderr
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_advice_that_holds_for_several_files_is_given_once(folder_data: Path) -> None:
+    for name in ("001", "002", "003"):
+        Image.new("L", (64, 48), int(name) + 6).save(folder_data / f"train/labels/{name}.png")
+    (folder_data / "train/labels/004.png").write_text("no picture")
+    with pytest.raises(InputError) as caught:
+        check_dataset(open_dataset(f"folder:{folder_data}", "train"))
+    text = str(caught.value)
+    assert all(f"{name}.png" in text for name in ("001", "002", "003", "004"))
+    assert all(f"label value {value}," in text for value in (7, 8, 9))
+    assert text.count("Correct the mask") == 1
+    assert text.index("003.png") < text.index("Correct the mask") < text.index("004.png")
 
 
 @pytest.mark.parametrize("spec", ["nosuch", "camvid:", "camvid:/no/such/folder", "folder", ""])

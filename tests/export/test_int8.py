@@ -119,6 +119,18 @@ def test_what_cannot_be_quantised_is_refused(
     assert not (tmp_path / "q.onnx").exists()
 
 
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_a_file_whose_input_has_another_name_is_quantised_too(exported: Path, tmp_path: Path, target: str) -> None:
+    model = onnx.load(exported)
+    old, model.graph.input[0].name = model.graph.input[0].name, "pictures"
+    for node in model.graph.node:
+        node.input[:] = ["pictures" if name == old else name for name in node.input]
+    onnx.save_model(model, str(tmp_path / "renamed.onnx"))
+    quantized(tmp_path / "renamed.onnx", tmp_path / "q.onnx", target)
+    with open_backend(tmp_path / "q.onnx") as after:
+        assert after.metadata.precision == "int8"
+
+
 def test_a_cpu_file_reads_pixels_and_keeps_chains_in_eight_bits(exported: Path, tmp_path: Path) -> None:
     model = quantized(exported, tmp_path / "cpu.onnx", "cpu")
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}

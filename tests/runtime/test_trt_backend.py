@@ -219,6 +219,10 @@ def no_card(plan: Path) -> None:
     card_path(plan).unlink()
 
 
+def deep_card(plan: Path) -> None:
+    card_path(plan).write_text("[" * 100_000)
+
+
 def text_card(plan: Path) -> None:
     card_path(plan).write_text("hello")
 
@@ -241,6 +245,7 @@ def half_card(plan: Path) -> None:
         (flip, "damaged or cut off"),
         (no_card, "no student.plan.json beside it"),
         (text_card, "is damaged"),
+        (deep_card, "is damaged"),
         (newer_card, "newer aicsd-deploy"),
         (half_card, "is damaged"),
     ],

@@ -112,6 +112,20 @@ CASES = {
         "train/distill.py --data folder:data --method none --class-map x.yaml --out {o}",
         "takes no --class-map",
     ),
+    "teacher, batch of one": (
+        "train/teacher.py --batch-size 1 --out {o}",
+        "batch_size: must be at least 2 (given: 1). It is: images per step",
+    ),
+    "teacher, scales in the wrong order": (
+        "train/teacher.py --scale 2 1 --out {o}",
+        "  scale 2.0 1.0: give two factors",
+    ),
+    "teacher, half an epoch": ("train/teacher.py --epochs 0.5 --out {o}", "--epochs: not a whole number: '0.5'"),
+    "study, no method": ("train/study.py --methods , --out {o}", "methods: must name at least one"),
+    "distill, a class map without a teacher": (
+        "train/distill.py --data synthetic:16x16 --class-map " + CKPT + " --out {o}",
+        "Name it with --teacher",
+    ),
     "distill, missing teacher": ("train/distill.py --data folder:data --teacher {t}/none.pt --out {o}", "none.pt"),
     "distill, text teacher": ("train/distill.py --data folder:data --teacher {t}/text.pt --out {o}", "text.pt"),
     "distill, cut teacher": ("train/distill.py --data folder:data --teacher {t}/cut.pt --out {o}", "cut.pt"),
@@ -186,6 +200,10 @@ CASES = {
     "to_int8, a checkpoint": ("export/to_int8.py " + CKPT + " -o {o}.onnx", "to_onnx.py"),
     "to_int8, wrong suffix": ("export/to_int8.py " + ONNX + " -o {o}.plan", ".onnx"),
     "to_int8, into its own source": ("export/to_int8.py " + ONNX + " -o " + ONNX, "the float32 file itself"),
+    "to_int8, all layers in float": (
+        "export/to_int8.py " + ONNX + " --keep-float first last --method minmax -o {o}.onnx",
+        "leaves every convolution of",
+    ),
     "to_int8, other data": ("export/to_int8.py " + ONNX + " --data synthetic -o {o}.onnx", "classes are not those"),
     "to_int8, a share of what": ("export/to_int8.py " + ONNX + " --max-miou-drop much -o {o}.onnx", "much"),
     "benchmark, a rule that is none": (

@@ -11,6 +11,7 @@ from helpers import NETWORK, TINY, call_script, write_folder_dataset
 
 from aicsd_deploy.config import DistillConfig, validated
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.models import command_for
 from aicsd_deploy.training.resume import check_same_run
 
 
@@ -84,3 +85,21 @@ def test_a_crop_that_a_network_cannot_take_is_refused_before_training(tmp_path: 
     assert result.returncode == 2
     assert "smp:fpn cannot take images of 60x90" in result.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_layer_that_gives_no_feature_map_is_refused_before_training(trained: Path, tmp_path: Path) -> None:
+    network = NETWORK.replace("nn.BatchNorm2d(16)", "nn.BatchNorm2d(16), nn.Flatten(), nn.Unflatten(1, (16, 12, 16))")
+    (tmp_path / "flat_network.py").write_text(network)
+    (tmp_path / "tiny_network.py").write_text(NETWORK)
+    flat = ["--student", "flat_network:tiny", "--method", "at", "--student-layer", "2", "--teacher-layer", "1"]
+    paths = ["--data", f"folder:{trained / 'data'}", "--teacher", trained / "runs/teacher/best.pt", "--out", "x"]
+    result = call_script("train/distill.py", *TINY, *flat, *paths, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "layer '1.2' gives no feature map" in result.stderr
+    assert not (tmp_path / "x").exists(), "a run that is refused leaves nothing"
+
+
+def test_what_comes_next_is_said_with_the_trust_that_own_code_needs() -> None:
+    assert command_for("lraspp_resnet18", "python x") == "python x"
+    assert command_for("smp:FPN:resnet18", "python x") == "python x"
+    assert command_for("mynet:make", "python x") == "AICSD_TRUST=mynet:make python x"
