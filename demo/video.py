@@ -8,10 +8,13 @@ Without flags it shows the newest student under runs/ on the first camera, or on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
 from aicsd_deploy.cli import needed_packages, run, write_result
 from aicsd_deploy.console import percent, say, table

@@ -180,7 +180,7 @@ def test_every_command_says_which_package_is_missing(start: list[str], tmp_path:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("script", [path for path, _ in SCRIPTS.values() if path != "demo/video.py"])
+@pytest.mark.parametrize("script", [path for path, _ in SCRIPTS.values()])
 def test_a_python_without_any_package_is_told_what_to_install(script: str, tmp_path: Path) -> None:
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-S", str(REPO / script)]  # -S: nothing that was installed, not even this package

@@ -88,7 +88,7 @@ def quantize_within(
         always = [quantizer.layers[{"first": 0, "last": -1}[name]] for name in keep_float]
         if not set(quantizer.layers) - set(always):
             raise InputError(
-                f"--keep-float {' '.join(keep_float)} leaves every convolution of {source} in float (it has "
+                f"--keep-float {' '.join(keep_float)} leaves every layer of {source} in float (it has "
                 f"{len(quantizer.layers)}), so that nothing would be INT8. Keep fewer, or use the float32 file as it is."
             )
         result = Int8Result(float_scores, float_scores, methods[0], float_layers=always)

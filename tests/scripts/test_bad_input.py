@@ -202,7 +202,7 @@ CASES = {
     "to_int8, into its own source": ("export/to_int8.py " + ONNX + " -o " + ONNX, "the float32 file itself"),
     "to_int8, all layers in float": (
         "export/to_int8.py " + ONNX + " --keep-float first last --method minmax -o {o}.onnx",
-        "leaves every convolution of",
+        "leaves every layer of",
     ),
     "to_int8, other data": ("export/to_int8.py " + ONNX + " --data synthetic -o {o}.onnx", "classes are not those"),
     "to_int8, a share of what": ("export/to_int8.py " + ONNX + " --max-miou-drop much -o {o}.onnx", "much"),
