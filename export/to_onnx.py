@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dynamic", choices=["batch", "size"], nargs="+", default=[], help="what may differ from call to call; batch, size or both")
     add("--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)")
     add("--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it")
-    add("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set; TensorRT 10 and 11 and every ONNX Runtime since 1.15 read 18: another only where a program asks for it")
+    add("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set; TensorRT 10 and 11 and ONNX Runtime since 1.15 read 18, so change it only for a program that asks for another")
     add("--data", metavar="SPEC", help=f"where the frames for the proof come from: {SPEC_HELP} (default: what it was trained on)")
     # fmt: on
     add("--frames", type=positive_int, metavar="N", default=16, help="how many frames the proof takes")

@@ -1,4 +1,4 @@
-"""Streams over the network (RTSP, HTTP, UDP, …) and GStreamer pipelines, as live sources."""
+"""Streams over the network (RTSP, HTTP, UDP, …) and GStreamer pipelines: live sources, but for those that read a file."""
 
 from __future__ import annotations
 
