@@ -203,7 +203,7 @@ def write_result(result: dict[str, Any], path: Path | None) -> None:
 
 @contextmanager
 def needed_packages() -> Iterator[None]:
-    """End the process with one message where a package that is imported in this block is not installed or broken, or at Ctrl-C."""
+    """End the process with one message at Ctrl-C, or where a package that this block imports is missing or broken."""
     try:
         yield
     except ImportError as error:
@@ -262,9 +262,9 @@ def _missing_package(error: ImportError) -> str:
             "another form, such as opencv-python-headless for opencv-python."
         )
     return (
-        f"error: this command needs the package {error.name!r}, which is not installed for {sys.executable}. In a checkout: make "
-        "test sets up .venv with all, and . .venv/bin/activate takes it. Else, to train: pip install '.[train,cpu,headless]'; to "
-        "export: '.[train,export,cpu,headless]'; to run a student: '.[cpu,video,headless]'."
+        f"error: this command needs the package {error.name!r}, which is not installed for {sys.executable}. In a checkout, make test "
+        "sets up .venv with all that is needed; activate it with . .venv/bin/activate. Else, to train: pip install "
+        "'.[train,cpu,headless]'; to export: '.[train,export,cpu,headless]'; to run a student: '.[cpu,video,headless]'."
     )
 
 

@@ -381,7 +381,7 @@ def _said_plainly(error: ErrorDetails, config: type[TrainConfig]) -> str:
     """Return a line about one wrong setting: which, what it must be, and what it is for."""
     text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     text = text.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
-    text = "must name at least one" if error["type"] == "too_short" else text
+    text = {"too_short": "must name at least one", "extra_forbidden": "is no setting"}.get(error["type"], text)
     if not error["loc"]:  # several settings together: the text names them
         return f"  {text}"
     field = config.model_fields.get(str(error["loc"][0]))

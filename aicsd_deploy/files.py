@@ -31,7 +31,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
     Raises:
         InputError: `path` is a folder, or its folder cannot be made or written to.
-        VerificationError: raised inside; it is said besides that an older file is still there, not to be taken for the new one.
+        VerificationError: the one that was raised inside, with a word about an older file that is still there.
     """
     path = Path(path)
     if path.is_dir():
@@ -47,7 +47,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     except VerificationError as error:
         if not path.exists():
             raise
-        raise VerificationError(f"{error} {path} is still the file that was there before, as it was.") from error
+        raise VerificationError(f"{error} {path} is still the file that was there before.") from error
     except OSError as error:
         if error.errno in DISK_FULL and not error.filename:  # the system does not say for which file
             raise OSError(error.errno, error.strerror, str(path)) from error

@@ -65,11 +65,11 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
         (config.teacher, False) if config.teacher else _teacher_of(out, own, config.data)
     )
     if name is None:
-        name = str(own / BEST)
         if config.class_map is not None:
             raise InputError(
                 "--class-map is for a teacher of other classes, and none is given. Name it with --teacher."
             )
+        name = str(own / BEST)
         say(f"There is no teacher for {config.data} yet; training one first into {own}.")
         shared = {
             k: v for k, v in asked.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT
@@ -145,8 +145,9 @@ def _train(
         processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
         say(f"device: {device}" + (f", threads: {torch.get_num_threads()}" if device.type == "cpu" else "") + processes)
         torch.manual_seed(derived_seed("weights", config.seed))
-        # Before the data is looked at, which can take minutes: a name that is wrong is told at once.
-        classes, _ = (listed(config.data, split).classes for split in ("train", "val"))
+        # Before the data is looked at, which can take minutes: a name or a split that is wrong is told at once.
+        classes = listed(config.data, "train").classes
+        listed(config.data, "val")
         network = build_model(config.model, num_classes=len(classes), backbone_weights=config.backbone_weights)
         train_data, val_data = open_checked(config.data, config.cache)
         metadata = Metadata(

@@ -11,6 +11,7 @@ that loses more mIoU than allowed is not written (exit code 3).
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -110,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"In programs of your own, open it with disabled_optimizers={DISABLED_OPTIMIZERS}: it has float layers.")
     if args.target in ("cpu", "openvino") and times[1].p50_ms >= times[0].p50_ms:
         say("INT8 is not faster than float32 on this CPU; use it only for its size.")
-    following = f"export/to_trt.py --int8 {out}" if args.target == "tensorrt" else f"demo/benchmark.py {source} {out}"
-    say(f"{out}\nnext: python {following}")
+    to_trt, to_compare = ["export/to_trt.py", "--int8", str(out)], ["demo/benchmark.py", str(source), str(out)]
+    say(f"{out}\nnext: {shlex.join(['python', *(to_trt if args.target == 'tensorrt' else to_compare)])}")
     latency_ms = {"float32": times[0].p50_ms, "int8": times[1].p50_ms}
     write_result({"path": str(out), "p50_ms": latency_ms, "miou_drop": result.drop, **asdict(result)}, args.json)
 

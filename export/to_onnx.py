@@ -9,6 +9,7 @@ are inside, and so are the classes and colours. If it disagrees with the checkpo
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dynamic", choices=["batch", "size"], nargs="+", default=[], help="what may differ from call to call; batch, size or both")
     add("--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)")
     add("--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it")
-    add("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set; TensorRT 10 and 11 and every ONNX Runtime since 1.15 read 18: another only where a program asks for it")
+    add("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set; TensorRT 10 and 11 and ONNX Runtime since 1.15 read 18, so change it only for a program that asks for another")
     add("--data", metavar="SPEC", help=f"where the frames for the proof come from: {SPEC_HELP} (default: what it was trained on)")
     # fmt: on
     add("--frames", type=positive_int, metavar="N", default=16, help="how many frames the proof takes")
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(
         f"{out} ({out.stat().st_size / 1e6:.1f} MB), proved in {runtime} on {agreement.frames} frames of {args.data or metadata.data}"
     )
-    say(f"next: {command_for(metadata.model, f'python demo/benchmark.py {path} {out}')}")
+    following = shlex.join(["python", "demo/benchmark.py", str(path), str(out)])
+    say(f"next: {command_for(metadata.model, following)}")
     write_result({"path": str(out), "agreement": asdict(agreement)}, args.json)
 
 

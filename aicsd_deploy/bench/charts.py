@@ -66,7 +66,10 @@ def pareto(
         at_x, at_y, kind = x(p50_ms[i]), y(miou[i]), f"s{i % 8}"
         left_x, right_x = x(max(low, x_low)), x(min(high, x_high))
         parts.append(_line(left_x, at_y, right_x, at_y, f"whisker {kind}"))
-        parts += [_arrow(left_x, at_y, -1, kind)] * (low < x_low) + [_arrow(right_x, at_y, 1, kind)] * (high > x_high)
+        if low < x_low:
+            parts.append(_arrow(left_x, at_y, -1, kind))
+        if high > x_high:
+            parts.append(_arrow(right_x, at_y, 1, kind))
         taken.append((left_x, at_y - 2, right_x, at_y + 2))
         text = f"{name}: {p50_ms[i]:.2f} ms ({low:.2f} to {high:.2f}), {100 * miou[i]:.2f} %"
         dots.append(

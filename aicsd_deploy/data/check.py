@@ -122,9 +122,14 @@ def _with_advice_once(problems: list[str]) -> list[str]:
     """Return messages with what they say after their first sentence only once where it is the same for several."""
     by_advice: dict[str, list[str]] = {}
     for problem in problems:
-        what, _, advice = problem.partition(". ")
-        by_advice.setdefault(advice, []).append(what + "." if advice else what)
-    return [line for advice, lines in by_advice.items() for line in [*lines, advice] if line]
+        by_advice.setdefault(problem.partition(". ")[2], []).append(problem)
+    lines = []
+    for advice, given in by_advice.items():
+        if advice and len(given) > 1:
+            lines += [*(problem.removesuffix(f" {advice}") for problem in given), advice]
+        else:
+            lines += given
+    return lines
 
 
 def check_splits(train: SegmentationDataset, val: SegmentationDataset) -> None:

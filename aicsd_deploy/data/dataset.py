@@ -17,7 +17,7 @@ from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 
 RGB = tuple[int, int, int]
-ADD_OR_LEAVE_OUT = "Add it, or take its image out of the list of the split."
+_ADD_OR_LEAVE_OUT = "Add it, or take its line out of the split's list."
 LabelledImage = tuple[UInt8Array, UInt8Array]
 """A picture, uint8 (H, W, 3) in red, green, blue, and its labels, uint8 (H, W): class indices, 255 where ignored."""
 
@@ -295,9 +295,9 @@ def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int | None], path
     unknown = [color for color in triples if color not in values_of]
     if unknown:
         raise InputError(
-            f"{path} is a colour picture with {len(unknown)} colour{'s' if len(unknown) > 1 else ''} that no class has, such as {unknown[0]}. If it was "
-            "saved as JPEG or resized smoothly, make it anew without: colours between two classes mean nothing. Else correct "
-            "the colours in the class list."
+            f"{path} is a colour picture with {len(unknown)} colour{'s' if len(unknown) > 1 else ''} that no class has, such as "
+            f"{unknown[0]}. If it was saved as JPEG or resized smoothly, make it anew without: colours between two classes mean "
+            "nothing. Else correct the colours in the class list."
         )
     values = np.array([values_of[color] for color in triples], dtype=np.uint8)
     return np.asarray(values[where].reshape(packed.shape))
@@ -317,7 +317,7 @@ def _read_sbd(path: Path) -> UInt8Array:
     from scipy.io import loadmat
 
     if not path.is_file():
-        raise InputError(f"The label file {path} does not exist. {ADD_OR_LEAVE_OUT}")
+        raise InputError(f"The label file {path} does not exist. {_ADD_OR_LEAVE_OUT}")
     try:
         values = loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item()
         return np.ascontiguousarray(values, dtype=np.uint8)  # MATLAB's order is column by column, which OpenCV refuses
@@ -355,7 +355,7 @@ def _opened(path: Path, what: str) -> Iterator[ImageFile.ImageFile]:
         with Image.open(path) as picture:
             yield picture
     except FileNotFoundError as error:
-        raise InputError(f"The {what} file {path} does not exist. {ADD_OR_LEAVE_OUT}") from error
+        raise InputError(f"The {what} file {path} does not exist. {_ADD_OR_LEAVE_OUT}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise InputError(

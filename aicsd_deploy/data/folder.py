@@ -149,8 +149,8 @@ def pair_up(images: Path, labels: Path, *, stems: list[str] | None = None, label
     unlabelled = [image_files[stem].name for stem in chosen if stem not in label_files]
     if unlabelled:
         raise InputError(
-            f"{len(unlabelled)} of the {len(chosen)} images in {images} have no mask of their name in {labels}, {unlabelled[0]} for "
-            "one. Add the masks, or take those images away (or out of the split's list)."
+            f"{labels} lacks the masks of {len(unlabelled)} of the {len(chosen)} images in {images}, {unlabelled[0]} for one. Add "
+            "them, or take those images away (or out of the split's list)."
         )
     alone = sorted(label_files.keys() - image_files.keys())
     if alone and stems is None:

@@ -113,8 +113,8 @@ def quantize_within(
         if result.drop > max_miou_drop:
             say(f"{_change(result.drop)}, {100 * max_miou_drop:.2f} may be lost: looking for costly layers")
             result.layer_costs = _layer_costs(quantizer, held_out, result.method)
-        others_by_cost = (name for name in result.layer_costs if name not in always)
-        ranked = sorted(others_by_cost, key=lambda name: -result.layer_costs[name])
+        costly = [name for name in result.layer_costs if name not in always]
+        ranked = sorted(costly, key=lambda name: -result.layer_costs[name])
         half = len(ranked) // 2
         for count in sorted({*(2**i for i in range(half.bit_length())), half} - {0}):
             if result.drop <= max_miou_drop:

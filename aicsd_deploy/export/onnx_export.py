@@ -57,14 +57,12 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
                 verbose=False,
             )
     except Exception as error:
-        advice = (
-            "without --dynamic size"
-            if "size" in metadata.dynamic
-            else f"with --opset {OPSET}, or change that in the network"
-        )
+        ways = ["leave out --dynamic size"] if "size" in metadata.dynamic else []
+        ways += [f"leave out --opset {opset}"] if opset != OPSET else []
+        ways += ["change that in the network"]
         raise InputError(
             f"PyTorch {torch.__version__} cannot export {metadata.model} with dynamic {sorted(metadata.dynamic) or 'nothing'}: "
-            f"{first_line(error)}. Try it {advice}."
+            f"{first_line(error)}. You can {' or '.join(ways)}."
         ) from error
     assert program is not None
     model = program.model_proto

@@ -98,7 +98,7 @@ def require_agreement(agreement: Agreement, *, what: str, minimum: float = MIN_A
     raise VerificationError(
         f"{what} does not do what the checkpoint does: at {worst_size} they agree on {100 * worst:.2f} % of the pixels, at "
         f"least {100 * minimum:.2f} % are required (worst classes: {classes}). It was not kept. "
-        "Export without --dynamic size, or report the network."
+        f"{'Export without --dynamic size, or report' if len(agreement.by_size) > 1 else 'Report'} the network."
     )
 
 

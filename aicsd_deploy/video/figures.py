@@ -82,7 +82,7 @@ class Stopwatch:
             yield frame
 
     def note_shown(self, frame: Frame, *, frames_in: int, frames_out: int) -> None:
-        """Note that a frame has been shown, and renew the figures twice a second, so that they can be read and make sense."""
+        """Note that a frame has been shown, and renew the figures every half second, so that they can be read."""
         now_s = time.perf_counter()
         self._shown_s.append(now_s)
         self._renewed_s = self._renewed_s or now_s

@@ -42,7 +42,7 @@ class VideoResult:
         seconds: wall time from the first frame's decoding to the sink's end.
         times_ms: for each stage, how long it worked on each of the last frames.
         age_ms: live sources: time from a frame's arrival until it was shown, for each of the last frames; else empty.
-        ended: "end" of the source, "lost" (a live source that did not come back), "max_frames", or "interrupted" by Ctrl-C,
+        ended: "end" of the source, "lost" (`Source.lost`), "max_frames", or "interrupted" by Ctrl-C,
             a termination signal or the viewer.
         reconnects: how often a live source was lost and came back.
         resize: how frames reached the network (`Segmenter.describe`).

@@ -247,7 +247,7 @@ def _listen(address: tuple[str, int] | None) -> _Server:
     host, port = address or DEFAULT_ADDRESS
     try:
         return _Server((host, port))
-    except (OSError, TypeError, ValueError) as error:  # of a name that no host can have, the last two
+    except (OSError, TypeError, ValueError) as error:  # the last two: a name that no host can have
         if address is None:
             return _Server((host, 0))
         reason = getattr(error, "strerror", None) or "that is no host's name"

@@ -58,9 +58,10 @@ class Scorer(Sink):
         Raises:
             InputError: there are fewer labels than `source` says it has frames. That may be wrong, but the message has a way out.
         """
-        if self._count < min(source.frame_count or 0, self._max_frames or source.frame_count or 0):
+        expected = source.frame_count or 0
+        if self._count < min(expected, self._max_frames or expected):
             raise InputError(
-                f"{source.name} has {source.frame_count} frames, but --labels has only {self._count} label maps, and a video is "
+                f"{source.name} has {expected} frames, but --labels has only {self._count} label maps, and a video is "
                 f"scored frame by frame. Give a label map for each frame, or score the first ones: --max-frames {self._count}"
             )
         self._source = source

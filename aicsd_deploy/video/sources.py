@@ -70,7 +70,7 @@ class Source(ABC):
         time_base: the unit of which all frame times are whole multiples, in seconds.
         skipped: frames that could not be decoded so far.
         reconnects: how often a live source was lost and came back.
-        lost: a live source went away and did not come back, which is not the same as its end.
+        lost: a live source, a server or a pipeline went away and did not come back, which is not the same as its end.
         left: a thread still waits in it, so that it cannot be closed; the thread ends by itself, or with the process.
     """
 

@@ -1,4 +1,4 @@
-"""Streams over the network (RTSP, HTTP, UDP, …) and GStreamer pipelines, as live sources."""
+"""Streams over the network (RTSP, HTTP, UDP, …) and GStreamer pipelines: live sources, but for those that read a file."""
 
 from __future__ import annotations
 
@@ -171,7 +171,9 @@ class Launched:
 
     def failure(self) -> str | None:
         """Return what broke, once its pictures have ended; None where that was the end of the stream."""
-        return None if self._process.wait(timeout=READ_TIMEOUT_S) == 0 else self._complaint() or "gst-launch-1.0 failed"
+        with self.killed_after(READ_TIMEOUT_S):
+            code = self._process.wait()
+        return None if code == 0 else self._complaint() or "gst-launch-1.0 failed"
 
     def close(self) -> None:
         self.kill()
@@ -221,17 +223,20 @@ class GStreamerFile(FileSource):
     """A GStreamer pipeline that reads a file: every frame, which waits in the pipeline until it is taken."""
 
     def __init__(self, pipeline: str) -> None:
+        self._cancelled = False
         self._launched = Launched(pipeline, newest=False)
         with self._launched.explaining(), self._launched.killed_after(OPEN_TIMEOUT_S):
             super().__init__(self._launched.address, name="GStreamer pipeline")
 
     def __iter__(self) -> Iterator[Frame]:
         yield from super().__iter__()
-        if failure := self._launched.failure():
+        failure = self._launched.failure()
+        if failure and not self._cancelled:
             say(f"{self.name} broke off ({failure})")
             self.lost = True
 
     def cancel(self) -> None:
+        self._cancelled = True
         self._launched.kill()
 
     def close(self) -> None:
@@ -273,7 +278,10 @@ def open_gstreamer(pipeline: str) -> Source:
 
 
 def interruptible(work: Callable[[], Source]) -> Source:
-    """Return what `work` returns. Ctrl-C ends the waiting at once: it runs in a thread, which FFmpeg may hold for ten seconds."""
+    """Return what `work` opens. Ctrl-C ends the waiting at once: it runs in a thread, which FFmpeg may hold for ten seconds.
+
+    What is opened after that is closed again.
+    """
     outcome: Future[Source] = Future()
 
     def target() -> None:
@@ -282,8 +290,12 @@ def interruptible(work: Callable[[], Source]) -> Source:
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=target, name="opening", daemon=True).start()
-    return outcome.result()
+    try:
+        threading.Thread(target=target, name="opening", daemon=True).start()
+        return outcome.result()
+    except KeyboardInterrupt:
+        outcome.add_done_callback(lambda done: None if done.exception() else done.result().close())
+        raise
 
 
 def without_password(address: str) -> str:

@@ -285,6 +285,14 @@ def test_advice_that_holds_for_several_files_is_given_once(folder_data: Path) ->
     assert text.index("003.png") < text.index("Correct the mask") < text.index("004.png")
 
 
+def test_the_message_about_one_file_stays_whole(folder_data: Path) -> None:
+    root = folder_data.rename(folder_data.with_name("St. Louis"))
+    path = root / "train/labels/004.png"
+    path.write_text("no picture")
+    with pytest.raises(InputError, match=f"{path} .* Copy or make it anew"):
+        check_dataset(open_dataset(f"folder:{root}", "train"))
+
+
 @pytest.mark.parametrize("spec", ["nosuch", "camvid:", "camvid:/no/such/folder", "folder", ""])
 def test_wrong_specs_are_refused(spec: str) -> None:
     with pytest.raises(InputError):

@@ -14,7 +14,7 @@ from torch import nn
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.export.deploy_module import DeployModule, Normalize
-from aicsd_deploy.export.onnx_export import export_onnx, fuse_batch_norm
+from aicsd_deploy.export.onnx_export import OPSET, export_onnx, fuse_batch_norm
 from aicsd_deploy.export.verify import compare, frames_for_comparison, require_agreement
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
@@ -101,6 +101,30 @@ def test_a_network_that_exports_wrongly_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".psp*"))
 
 
+class Deciding(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, num_classes, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images if images.mean() > 0 else -images)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "opset", "says"),
+    [
+        ((), OPSET, r"You can change that in the network\.$"),
+        (("size",), OPSET + 2, "You can leave out --dynamic size or leave out --opset 20 or change"),
+    ],
+)
+def test_a_network_that_cannot_be_exported_is_refused_with_what_would_help(
+    dynamic: tuple[str, ...], opset: int, says: str, tmp_path: Path
+) -> None:
+    checkpoint = random_checkpoint(tmp_path / "c.pt", "test_onnx:Deciding")
+    with pytest.raises(InputError, match=says):
+        export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=dynamic), tmp_path / "c.onnx", opset=opset)
+
+
 @pytest.mark.parametrize("channels", ["bgr", "rgb"])
 def test_both_channel_orders_pass_the_gate_and_label_alike(channels: str, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "c.onnx"
@@ -128,7 +152,7 @@ def test_the_gate_names_the_worst_size_and_classes(trained: Path) -> None:
         dataset = open_dataset(f"folder:{trained / 'data'}", "val")
         agreement = compare(ours, Wrong(), frames_for_comparison(dataset, count=2))
     assert agreement.share == pytest.approx(46 / 48)
-    with pytest.raises(VerificationError, match=r"48x64 they agree on 95\.83 %"):
+    with pytest.raises(VerificationError, match=r"48x64 they agree on 95\.83 %.*kept\. Report"):
         require_agreement(agreement, what="x.onnx")
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -333,7 +334,7 @@ def test_figures_come_when_enough_frames_have_been_shown_to_tell(monkeypatch: py
     shown_s = iter([100, 100.001, 100.002, 100.4, 100.55, 101])
     watch, frame, fps = Stopwatch("cpu"), Frame(0, np.zeros((2, 2, 3), np.uint8), 0.0), []
     watch.timed("infer", lambda item: item)(frame)
-    monkeypatch.setattr("aicsd_deploy.video.figures.time.perf_counter", lambda: next(shown_s))
+    monkeypatch.setattr("aicsd_deploy.video.figures.time", SimpleNamespace(perf_counter=lambda: next(shown_s)))
     for number in range(6):
         watch.note_shown(frame, frames_in=number, frames_out=number)
         fps.append(watch.figures().fps)
