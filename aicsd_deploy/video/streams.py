@@ -69,7 +69,7 @@ class StreamConnection(Connection):
     def is_like_a_file(self) -> bool:
         """Whether every frame is to be read: it has a duration, or a size (though cameras make one up), or comes in segments."""
         kind = self._container.format.name
-        sized = self._container.size > 0 and kind != "mpjpeg"
+        sized = (self._container.size or 0) > 0 and kind != "mpjpeg"  # PyAV 19 has None where it is unknown
         return sized or kind in IN_SEGMENTS or self.duration_s is not None
 
     def read(self) -> UInt8Array | None:
