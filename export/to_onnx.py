@@ -9,6 +9,7 @@ are inside, and so are the classes and colours. If it disagrees with the checkpo
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(
         f"{out} ({out.stat().st_size / 1e6:.1f} MB), proved in {runtime} on {agreement.frames} frames of {args.data or metadata.data}"
     )
-    say(f"next: {command_for(metadata.model, f'python demo/benchmark.py {path} {out}')}")
+    following = shlex.join(["python", "demo/benchmark.py", str(path), str(out)])
+    say(f"next: {command_for(metadata.model, following)}")
     write_result({"path": str(out), "agreement": asdict(agreement)}, args.json)
 
 
