@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = args.onnx or newest_artifact(float_only=True)
     out = args.out or source.with_suffix(".int8.onnx" if args.target == "cpu" else f".{args.target}.int8.onnx")
     if source.suffix != ".onnx":
-        raise InputError(
-            f"{source} is not an ONNX file. Export the checkpoint first: python export/to_onnx.py {source}"
-        )
+        raise InputError(f"{source} is not an ONNX file. Export the checkpoint: python export/to_onnx.py {source}")
     if out.suffix != ".onnx" or out.resolve() == source.resolve():
         raise InputError(f"{out} must end in .onnx, and not be the float32 file itself. Give another name with -o.")
     keep_apart(args.json, source, out)
@@ -111,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"In programs of your own, open it with disabled_optimizers={DISABLED_OPTIMIZERS}: it has float layers.")
     if args.target in ("cpu", "openvino") and times[1].p50_ms >= times[0].p50_ms:
         say("INT8 is not faster than float32 on this CPU; use it only for its size.")
-    to_trt, to_compare = ["export/to_trt.py", "--int8", str(out)], ["demo/benchmark.py", str(source), str(out)]
-    say(f"{out}\nnext: {shlex.join(['python', *(to_trt if args.target == 'tensorrt' else to_compare)])}")
+    following = ["export/to_trt.py", "--int8"] if args.target == "tensorrt" else ["demo/benchmark.py", str(source)]
+    say(f"{out}\nnext: {shlex.join(['python', *following, str(out)])}")
     latency_ms = {"float32": times[0].p50_ms, "int8": times[1].p50_ms}
     write_result({"path": str(out), "p50_ms": latency_ms, "miou_drop": result.drop, **asdict(result)}, args.json)
 
