@@ -76,6 +76,7 @@ def read_baseline(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         version = int(report.get("schema_version", 1))
         rows = [(Path(row["path"]), row.items()) for row in report["artifacts"]]
+        # Looked up only to find out whether they are there.
         rows[report.get("reference", 0)], report["data"], report["split"], report.get("environment", {}).items()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(

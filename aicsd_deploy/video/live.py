@@ -74,12 +74,14 @@ class LiveSource(Source):
         self._connection = connect()
         try:
             self._first = self._connection.read()
+            if self._first is None:
+                raise InputError(f"{name} ended before its first picture.")
         except ConnectionLostError as error:
             self._connection.close()
             raise InputError(f"{name} gives no picture: {error}. Check that it is running and reachable.") from error
-        if self._first is None:
+        except InputError:
             self._connection.close()
-            raise InputError(f"{name} ended before its first picture.")
+            raise
         self._first_arrived_s = time.perf_counter()  # it waits until the network is loaded
         self.size_hw = (self._first.shape[0], self._first.shape[1])
         self.fps = sane_fps(self._connection.fps)

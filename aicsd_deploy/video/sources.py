@@ -166,7 +166,7 @@ class LoopedSource(Source):
     """
 
     def __init__(self, reopen: Callable[[], Source]) -> None:
-        self._reopen, self._source = reopen, reopen()
+        self._reopen, self._source, self._cancelled = reopen, reopen(), False
         if self._source.live:
             self._source.close()
             raise InputError(f"{self._source.name} is live and cannot be looped. Leave out --loop.")
@@ -181,9 +181,16 @@ class LoopedSource(Source):
                 yield replace(frame, index=index, time_s=last_s)
                 index += 1
             self.skipped += self._source.skipped
+            self.lost = self._source.lost
+            if self.lost or self._cancelled:
+                return
             self._source.close()
             start_s = last_s + float(1 / self.fps)
             self._source = self._reopen()
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._source.cancel()
 
     def close(self) -> None:
         self._source.close()

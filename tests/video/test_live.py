@@ -26,7 +26,7 @@ from aicsd_deploy.video.live import Connection, ConnectionLostError, LiveSource,
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import _fresh, process_video
 from aicsd_deploy.video.sinks import Sink
-from aicsd_deploy.video.sources import Frame, Source, SyntheticSource, open_source
+from aicsd_deploy.video.sources import Frame, LoopedSource, Source, SyntheticSource, open_source
 from aicsd_deploy.video.streams import GStreamerConnection, interruptible, without_password
 from benchmarks.live_soak import READERS, clock_in
 
@@ -322,6 +322,26 @@ def test_a_source_can_be_looped(tmp_path: Path) -> None:
     assert [f.index for f in frames] == list(range(7))
     assert [f.time_s for f in frames] == pytest.approx([n / 25 for n in range(7)])
     np.testing.assert_array_equal(frames[6].image_bgr, frames[0].image_bgr)
+
+
+class Breaking(SyntheticSource):
+    """Breaks off after two frames."""
+
+    def __iter__(self) -> Iterator[Frame]:
+        yield from [frame for frame, _ in zip(super().__iter__(), range(2), strict=False)]
+        self.lost = True
+
+
+def test_a_looped_source_that_breaks_off_is_lost_and_one_that_is_cancelled_ends() -> None:
+    looped = LoopedSource(lambda: Breaking((8, 8)))
+    assert [frame.index for frame in looped] == [0, 1]
+    assert looped.lost
+    looped = LoopedSource(lambda: SyntheticSource((8, 8), seconds=0.1))
+    frames = iter(looped)
+    assert [next(frames).index for _ in range(3)] == [0, 1, 2]
+    looped.cancel()
+    assert len(list(frames)) < 3
+    assert not looped.lost
 
 
 def test_passwords_are_not_printed() -> None:
