@@ -80,7 +80,9 @@ class TrainConfig(BaseModel):
         description="learning rate of the backbone relative to --lr (default: 0.1 with --backbone-weights, else 1)",
     )
     weight_decay: float = Field(5e-4, ge=0, description="weight decay")
-    warmup_steps: int = Field(50, ge=0, description="steps over which the learning rate rises from 0")
+    warmup_steps: int = Field(
+        50, ge=0, description="steps over which the learning rate rises from 0; at most a fifth of all steps"
+    )
     clip_norm: float = Field(5.0, gt=0, description="the gradient's norm is cut to this")
     scale: tuple[float, float] = Field(
         (0.75, 1.5), description="range of the random scale: two factors; 0.5 2.0 is the papers' usual"

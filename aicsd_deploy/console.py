@@ -55,19 +55,20 @@ def percent(fraction: float | None) -> str:
 
 
 @contextmanager
-def progress(description: str, total: int | None) -> Iterator[Advance]:
+def progress(description: str, total: int | None, *, done: int = 0) -> Iterator[Advance]:
     """Show a bar with the time left on a terminal, and a line every ten seconds where output goes to a file.
 
     Args:
         description: what is being done.
         total: how many units there are; None where nobody knows.
+        done: how many of them were done before.
     """
     bar = _rich_bar() if sys.stderr.isatty() and not _silent else None
     if bar is None:
-        yield _line_printer(description, total)
+        yield _line_printer(description, total, done)
         return
     with bar:
-        task = bar.add_task(description, total=total, note="")
+        task = bar.add_task(description, total=total, completed=done, note="")
         yield lambda note="": bar.update(task, advance=1, note=note)
 
 
@@ -87,8 +88,8 @@ def _rich_bar() -> Any:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _line_printer(description: str, total: int | None, every_s: float = 10.0) -> Advance:
-    done = 0
+def _line_printer(description: str, total: int | None, done: int, every_s: float = 10.0) -> Advance:
+    before = done
     start = last = time.monotonic()
 
     def advance(note: str = "") -> None:
@@ -98,7 +99,7 @@ def _line_printer(description: str, total: int | None, every_s: float = 10.0) ->
         if now - last < every_s and done != total:
             return
         last = now
-        left = "" if total is None else f", {(now - start) / done * (total - done):.0f} s left"
+        left = "" if total is None else f", {(now - start) / (done - before) * (total - done):.0f} s left"
         say(f"{description}: {done}{'' if total is None else f'/{total}'}{left}  {note}")
 
     return advance

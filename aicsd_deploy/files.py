@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,9 @@ def existing_file(path: Path | str, what: str) -> Path:
         inside = f" Give {path / 'best.pt'}." if (path / "best.pt").is_file() else ""
         raise InputError(f"{what} {path} is a folder, not a file.{inside or ' Name the file in it.'}")
     if not path.exists():
-        raise InputError(f"{what} {path} does not exist. Check the path (working folder: {Path.cwd()}).")
+        neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        meant = "".join(f" Did you mean {path.with_name(n)}?" for n in get_close_matches(path.name, neighbours, 1, 0.8))
+        raise InputError(f"{what} {path} does not exist.{meant} Check the path (working folder: {Path.cwd()}).")
     if not path.is_file():
         raise InputError(f"{what} {path} is a device or a pipe, not a file. Write it to a file first.")
     if path.stat().st_size == 0:

@@ -79,11 +79,6 @@ class Trainer:
         if self._at.step >= self._total and self._at.validated == self._at.step:
             say(f"{self.out}: already trained to the end ({self._total} steps).")
             return
-        if 2 * self.config.warmup_steps > self._total:
-            say(
-                f"warning: the learning rate rises for {self.config.warmup_steps} of the {self._total} steps, so little is left to "
-                "learn in. Give a smaller --warmup-steps, or more --epochs."
-            )
         with ExitStack() as stack:
             self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step) if self._main else None
             if self._log is not None:
@@ -152,7 +147,7 @@ class Trainer:
         trace = self.out / "profile.json" if config.profile and self._main else None
         self.network.train()
         clock.restart()
-        bar = progress(f"training {self.metadata.model}", self._total - at.step)
+        bar = progress(f"training {self.metadata.model}", self._total, done=at.step)
         with closing(batches), bar as advance, profiled(trace, steps=self._total - at.step) as profile:
             for batch in clock.waiting_for(batches):
                 logs = at.step % config.log_every == 0 or at.step == self._total - 1

@@ -15,6 +15,7 @@ import torch
 from helpers import REPO
 
 from aicsd_deploy.checkpoint import load_checkpoint
+from aicsd_deploy.console import progress
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.files import atomic_path, existing_file, write_json, write_png
 from aicsd_deploy.metadata import Metadata, SegClass
@@ -169,6 +170,21 @@ def test_a_run_folder_in_the_place_of_its_checkpoint_is_told_with_the_name(tmp_p
     (tmp_path / "best.pt").write_bytes(b"weights")
     with pytest.raises(InputError, match=r"is a folder, not a file\. Give .*best\.pt"):
         existing_file(tmp_path, "The checkpoint")
+
+
+def test_a_name_that_is_nearly_right_is_told_with_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "student.onnx").write_bytes(b"graph")
+    with pytest.raises(InputError, match=r"Did you mean .*student\.onnx\?"):
+        existing_file(tmp_path / "studnt.onnx", "The artefact")
+    with pytest.raises(InputError) as caught:
+        existing_file(tmp_path / "nowhere" / "other.pt", "The checkpoint")
+    assert "mean" not in str(caught.value)
+
+
+def test_progress_goes_on_from_where_a_run_stood(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("training", 80, done=79) as advance:
+        advance()
+    assert "training: 80/80, 0 s left" in capsys.readouterr().err
 
 
 def test_an_exported_file_in_the_place_of_a_checkpoint_is_told(tmp_path: Path) -> None:

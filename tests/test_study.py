@@ -19,7 +19,7 @@ from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.study import cells as cells_module
 from aicsd_deploy.study.cells import StudyConfig
 from aicsd_deploy.study.plots import TILE_WIDTH, draw_strip, strip_methods
-from aicsd_deploy.study.results import paired_difference, summarize
+from aicsd_deploy.study.results import paired_difference, summarize, to_markdown
 
 RECIPE = """
 data: folder:data
@@ -78,6 +78,13 @@ def test_a_study_goes_on_and_leaves_table_and_pictures(studied: Path) -> None:
         assert (out / picture).stat().st_size > 1000
     tiles = ["frame", "truth", "CE", "kd", "gentle", "teacher"]
     assert cv2.imread(str(out / "strip.png")).shape[1] == len(tiles) * TILE_WIDTH
+
+
+def test_a_study_without_cross_entropy_says_what_that_leaves_out(studied: Path) -> None:
+    found = json.loads((studied / "out/study.json").read_text())
+    assert "no classes.png" not in to_markdown(found, "")
+    del found["methods"]["none"]
+    assert "no classes.png: add it to --methods" in to_markdown(found, "")
 
 
 def test_the_strip_shows_the_best_methods_of_the_study_beside_cross_entropy() -> None:

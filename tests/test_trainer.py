@@ -32,14 +32,6 @@ def test_a_run_is_not_resumed_with_another_teacher(trained: Path, tmp_path: Path
     assert result.returncode == 0, "without --teacher it takes the one it began with"
 
 
-def test_a_warm_up_longer_than_half_of_the_training_is_said(trained: Path, tmp_path: Path) -> None:
-    arguments = [*TINY, "--model", "tiny_network:tiny", "--epochs", 1, "--out", tmp_path / "r"]
-    result = call_script("train/teacher.py", *arguments, "--warmup-steps", 2, cwd=trained)
-    assert "rises for 2 of the 3 steps" in result.stderr
-    result = call_script("train/teacher.py", *arguments, "--warmup-steps", 1, cwd=trained)
-    assert "rises for" not in result.stderr
-
-
 def test_a_run_folder_that_cannot_be_is_told_before_the_data_is_looked_at(trained: Path) -> None:
     arguments = [*TINY, "--model", "tiny_network:tiny", "--out", "tiny_network.py"]
     result = call_script("train/teacher.py", *arguments, cwd=trained)

@@ -120,12 +120,13 @@ def _interval(median: float, resampled: npt.NDArray[np.float64], rounds: int) ->
 
     What so few blocks show of the scatter is too little: it is stretched as Student's t stretches the normal
     distribution. Of the 200 pairs of runs that tests/bench/test_latency.py simulates, the first one's interval holds the
-    second one's median in 192. Two or three rounds that differ much would stretch it below 0, where no time is: it ends there.
+    second one's median in 192. Downwards it is stretched in proportion: two or three rounds that differ much would else take
+    it below 0, where no time is.
     """
     tail = (100 - CONFIDENCE_PERCENT) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
     stretch = math.sqrt(2) * STUDENT_T[min(rounds, BLOCKS)] / NORMAL
-    return max(0.0, median - stretch * (median - float(low))), median + stretch * (float(high) - median)
+    return median * (float(low) / median) ** stretch, median + stretch * (float(high) - median)
 
 
 class Stopwatch:

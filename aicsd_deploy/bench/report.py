@@ -20,10 +20,11 @@ from aicsd_deploy.bench.report_html import require_jinja
 from aicsd_deploy.bench.throughput import measure_throughput
 from aicsd_deploy.console import progress, say
 from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.errors import MissingDependencyError
 from aicsd_deploy.evaluate import check_same_classes
 from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.metadata import provenance
-from aicsd_deploy.runtime.base import open_backend
+from aicsd_deploy.runtime.base import Backend, open_backend
 
 SCHEMA_VERSION = 3
 TIMED_FRAMES, STAGE_FRAMES = 16, 11
@@ -66,7 +67,7 @@ def benchmark(
     require_jinja()  # minutes before the page is written
     with ExitStack() as stack:
         how: dict[str, Any] = {"device": device, "threads": threads, "memory": memory}
-        backends = [stack.enter_context(open_backend(path, **how)) for path in paths]
+        backends = [stack.enter_context(_opened(path, **how)) for path in paths]
         for path, backend in zip(paths, backends, strict=True):
             say(f"{path}: {backend.name} on {backend.device}")
             check_same_classes(backend.metadata.classes, dataset.classes, spec=dataset.spec, artifact=str(path))
@@ -133,3 +134,10 @@ def benchmark(
         "provenance": provenance(),
     }
     return report, drawn
+
+
+def _opened(path: Path, **how: Any) -> Backend:
+    try:
+        return open_backend(path, **how)
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"{error} Or leave {path} out of this report.") from error

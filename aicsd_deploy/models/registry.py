@@ -109,8 +109,8 @@ def load_callable(name: str, num_classes: int, *, from_artifact: bool = False) -
     """
     if from_artifact and name not in _trusted | set(os.environ.get(TRUST_VARIABLE, "").split(",")):
         raise InputError(
-            f"This checkpoint asks for your own code {name!r}. Nothing that a file names is run unless you say so: set "
-            f"{TRUST_VARIABLE}={name} if you trust it."
+            f"This checkpoint asks for your own code {name!r}. Nothing that a file names is run unless you say so. If you trust "
+            f"it: export {TRUST_VARIABLE}={name}"
         )
     _trusted.add(name)
     module_name, function_name = name.split(":", 1)

@@ -113,7 +113,9 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
             "− CE, − KD: mean difference of the cells of the same seed, in points, with its 95 % interval (Student's t).",
             "Time: wall-clock of a cell, checks and scoring included; of one that was stopped, only since it last went on.",
             "MiB: peak memory (the GPU's where there is one, else the process's).",
-            "strip.png shows CE, the best of the other methods, up to four in all, and the teacher.",
+            "strip.png shows CE, the best of the other methods, up to four in all, and the teacher."
+            if "none" in study["methods"]
+            else "Without `none` (CE) among the methods there is no gap closed, no − CE and no classes.png: add it to --methods.",
             "",
             f"Machine: {', '.join(f'{k} {v}' for k, v in facts.items())}.",
             "",

@@ -46,8 +46,12 @@ def build_optimizer(network: nn.Module, config: TrainConfig, *, besides: nn.Modu
 
 
 def lr_share(step: int, total: int, warmup: int) -> float:
-    """Return the share of the peak learning rate: a linear rise, times the papers' (1 - progress) ** 0.9."""
-    return min(1.0, (step + 1) / max(warmup, 1)) * float((1 - step / total) ** 0.9)
+    """Return the share of the peak learning rate: a linear rise, times the papers' (1 - progress) ** 0.9.
+
+    The rise takes `warmup` steps, or a fifth of `total` where that is less, so that a short training has time to learn.
+    """
+    rise = max(min(warmup, total // 5), 1)
+    return min(1.0, (step + 1) / rise) * float((1 - step / total) ** 0.9)
 
 
 class RunningMean:

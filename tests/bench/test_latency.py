@@ -117,9 +117,9 @@ def test_a_median_that_a_repeat_could_move_is_said_to_be_uncertain() -> None:
     assert Latency.of([[10.0] * 5] * 5 + [[10.1] * 5] * 5).noise == ()
 
 
-def test_an_interval_of_few_rounds_does_not_go_below_nothing() -> None:
-    assert Latency.of([[1.0] * 5, [10.0] * 5]).p50_interval_ms[0] == 0
-    assert ratio_interval([[1.0] * 5, [10.0] * 5], [[1.0] * 5, [1.0] * 5])[0] == 0
+def test_an_interval_of_few_rounds_stays_above_nothing() -> None:
+    assert 0 < Latency.of([[1.0] * 5, [10.0] * 5]).p50_interval_ms[0] < 1
+    assert 0 < ratio_interval([[1.0] * 5, [10.0] * 5], [[1.0] * 5, [1.0] * 5])[0] < 1
 
 
 def test_a_machine_at_work_is_noticed() -> None:

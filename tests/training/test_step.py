@@ -220,9 +220,10 @@ def test_the_optimiser_is_the_one_asked_for_and_a_pretrained_backbone_learns_at_
 
 
 def test_the_learning_rate_rises_and_then_falls_as_in_the_papers() -> None:
-    shares = [lr_share(step, 10, 4) for step in (0, 1, 3, 5, 9)]
-    assert shares == pytest.approx([0.25, 0.5 * 0.9**0.9, 0.7**0.9, 0.5**0.9, 0.1**0.9])
+    shares = [lr_share(step, 20, 4) for step in (0, 1, 3, 10, 18)]
+    assert shares == pytest.approx([0.25, 0.5 * 0.95**0.9, 0.85**0.9, 0.5**0.9, 0.1**0.9])
     assert lr_share(0, 10, 0) == 1
+    assert [lr_share(step, 10, 50) for step in (0, 1)] == pytest.approx([0.5, 0.9**0.9]), "at most a fifth of all"
 
 
 def test_the_state_of_a_step_survives_a_file(batch: Batch, tmp_path: Any) -> None:
