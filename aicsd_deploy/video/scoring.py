@@ -46,7 +46,7 @@ class Scorer(Sink):
         *,
         max_frames: int | None = None,
     ) -> None:
-        self.name = "scores"
+        self.name = "the score"
         self._labels_of, self._count, self._names, self._max_frames = labels_of, count, class_names, max_frames
         self._matrix = ConfusionMatrix(len(class_names))
         self._flickered = self._steady = 0
