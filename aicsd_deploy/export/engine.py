@@ -91,7 +91,7 @@ def choose_flavor(name: Literal["auto", "tensorrt", "rtx"]) -> tuple[Flavor, str
                 f"No engine can be built here. {error} TensorRT-RTX, which needs no GPU to build for desktop RTX cards, would serve "
                 f"too: {other}"
             ) from error
-        return "rtx", "since TensorRT cannot build here (--flavor tensorrt says why)"
+        return "rtx", f"for desktop RTX cards, which needs no GPU to build. TensorRT cannot build here: {error}"
     return "tensorrt", "as asked for" if name == "tensorrt" else "since it is installed and there is a GPU"
 
 

@@ -110,9 +110,10 @@ def open_backend(
         InputError: the file is missing, damaged, or not one of the three kinds.
         MissingDependencyError: the runtime or the device that it needs is not there.
     """
-    path = existing_file(path, "The artefact")
-    if path.suffix.lower() not in SUFFIXES:
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path} is not an artefact this toolkit runs. It takes {', '.join(SUFFIXES)} files.")
+    existing_file(path, "The artefact")
     # Each runtime is imported only when a file asks for it, so that a device needs only the one it uses.
     if path.suffix.lower() == ".onnx" and onnx_says(path, "int8_target", "openvino"):
         from aicsd_deploy.runtime.openvino_backend import OpenVinoBackend
