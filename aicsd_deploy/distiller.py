@@ -129,6 +129,7 @@ class Distiller:
         if method in FEATURE_LOSSES:
             self._student_tap = FeatureTap(student, self.settings.student_layer, who="student")
             self._teacher_tap = FeatureTap(teacher, self.settings.teacher_layer, who="teacher")
+            # For every such method: a layer without a feature map is refused here, before anything is written.
             with self._autocast(device):  # the teacher's weights may be in half precision already
                 channels = [tap.channels(image_size_hw, device) for tap in (self._student_tap, self._teacher_tap)]
             if method == "ickd":

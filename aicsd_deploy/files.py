@@ -144,7 +144,7 @@ def existing_file(path: Path | str, what: str) -> Path:
         inside = f" Give {path / 'best.pt'}." if (path / "best.pt").is_file() else ""
         raise InputError(f"{what} {path} is a folder, not a file.{inside or ' Name the file in it.'}")
     if not path.exists():
-        neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        neighbours = [entry.name for entry in path.parent.glob("*")]  # none where that is no folder, or may not be read
         meant = "".join(f" Did you mean {path.with_name(n)}?" for n in get_close_matches(path.name, neighbours, 1, 0.8))
         raise InputError(f"{what} {path} does not exist.{meant} Check the path (working folder: {Path.cwd()}).")
     if not path.is_file():

@@ -164,10 +164,15 @@ def provenance() -> dict[str, str]:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "aicsd_deploy": __version__,
         "python": platform.python_version(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
     revision = git_revision()
     return found | ({"git": revision} if revision else {})
+
+
+def command_line() -> str:
+    """Return the command that runs, as one would write it in its script's folder."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def git_revision() -> str | None:

@@ -25,7 +25,7 @@ def pareto(
         names: one for each artefact, as for the other arguments.
         p50_ms: median latency; the axis is logarithmic.
         intervals_ms: of the median, (low, high). The axis makes room for them up to three times beyond the medians (of a few
-            rounds only, they go from 0 to anywhere); what is cut off ends in an arrow.
+            rounds only, they go anywhere); what is cut off ends in an arrow.
         miou: fractions, 0 to 1.
     """
     height, left, right, top, bottom = 376, _AXIS, 150, 32, 44

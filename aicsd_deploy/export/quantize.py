@@ -26,7 +26,7 @@ from aicsd_deploy.export.cpu_graph import (
     fold_preprocessing,
     read_pixels_directly,
 )
-from aicsd_deploy.metadata import ONNX_KEY, Metadata, provenance
+from aicsd_deploy.metadata import ONNX_KEY, Metadata, command_line
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.runtime.frames import as_input
 from aicsd_deploy.runtime.openvino_backend import import_openvino
@@ -177,10 +177,9 @@ class Quantizer:
         model = onnx.load(path)
         if recipe.on_pixels and self.layers[0] not in float_layers:
             read_pixels_directly(model)
-        command = provenance()["command"]
-        made = {"int8_target": self.target, "int8_calibration": method, "int8_command": command}
-        origin = self.metadata.provenance | notes | made
-        _set_metadata(model, self.metadata.replace(precision="int8", provenance=origin))
+        made = {"int8_target": self.target, "int8_calibration": method, "int8_command": command_line()}
+        provenance = self.metadata.provenance | notes | made
+        _set_metadata(model, self.metadata.replace(precision="int8", provenance=provenance))
         onnx.checker.check_model(model)
         onnx.save_model(model, str(path))
 

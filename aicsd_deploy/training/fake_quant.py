@@ -2,9 +2,9 @@
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 arXiv 1712.05877, section 3. Only what convolutions and linear layers read is rounded: their weights, per output channel, and
-their input. The rounding passes gradients on as if it were not there. The weights stay float32 numbers under their old names, so a checkpoint is
-like any other; export/to_int8.py makes eight bits of it. A convolution's scale per output channel makes rounding its weights
-the same as rounding them with batch normalisation folded in, so nothing is folded here.
+their input. The rounding passes gradients on as if it were not there. The weights stay float32 numbers under their old names,
+so a checkpoint is like any other; export/to_int8.py makes eight bits of it. A convolution's scale per output channel makes
+rounding its weights the same as rounding them with batch normalisation folded in, so nothing is folded here.
 """
 
 from __future__ import annotations
