@@ -215,8 +215,8 @@ class MethodConfig(BaseModel):
         1.0,
         ge=1,
         le=16,
-        description="the teacher sees each picture this many times as high and wide as the student: for a teacher that was "
-        "trained on larger pictures than the student is to run on",
+        description="the teacher sees each picture this many times as high and wide as the student, best a whole number: for a "
+        "teacher that was trained on larger pictures than the student is to run on",
     )
     teacher_errors: Literal["keep", "mask", "weigh"] = Field(
         "keep",
