@@ -123,7 +123,9 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
     [
         ("--source in.mp4 -o out.mp4", "no"),
         ("--engine missing.onnx --source in.mp4 -o out.mp4", "missing.onnx does not exist"),
-        ("--engine in.mp4 --source in.mp4 -o out.mp4", "not an artefact"),
+        ("--engine in.mp4 --source e.onnx -o out.mp4", "write --engine e.onnx"),
+        ("--engine in.mp4 -o out.mp4", "write --source in.mp4"),
+        ("--engine in.txt --source in.mp4 -o out.mp4", "in.txt does not exist"),
         ("--engine e.onnx --source in.mp4 -o out.mp4", "e.onnx"),
         ("--engine e.onnx --source in.mp4 -o out.avi", "must end in .mp4, .mkv, .mov (a video)"),
         ("--engine e.onnx --source in.mp4 -o -", "Cannot write -"),
