@@ -101,6 +101,11 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     args = parser.parse_args(argv)
     if args.stray:
         flag = "--engine" if is_artifact(args.stray[0]) else "--source"
+        if flag == "--source" and args.source:  # as of a name with spaces, or *.png, which the shell writes out
+            parser.error(
+                f"{args.stray[0]} stands alone, and --source is {args.source} already: put a name with spaces in quotes, and "
+                "give the folder of several pictures"
+            )
         parser.error(f"{args.stray[0]} stands alone: write {flag} {args.stray[0]}, and a name with spaces in quotes")
     if args.source and is_artifact(args.source):
         parser.error(
