@@ -44,7 +44,7 @@ def newest_artifact(*, float_only: bool = False, fast: bool = False) -> Path:
 
     Args:
         float_only: pass over files that are quantised, for commands that need a float32 one.
-        fast: pass over INT8 files for TensorRT: they are for building engines, and run as they are, but more slowly than float32.
+        fast: pass over INT8 files in the form that TensorRT takes: they run as they are, but more slowly than float32.
 
     Raises:
         InputError: there is neither.
@@ -54,7 +54,7 @@ def newest_artifact(*, float_only: bool = False, fast: bool = False) -> Path:
         path
         for path in reversed(exported)
         if (not float_only or onnx_says(path, "precision", "fp32"))
-        and not (fast and onnx_says(path, "int8_target", "tensorrt"))
+        and not (fast and any(onnx_says(path, "int8_target", target) for target in ("tensorrt", "both")))
     )
     artifact = next(fitting, None) or newest_checkpoint(role="student")
     if artifact is None:

@@ -77,8 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(result, named, args.json)
     if scorer and result.ended == "end":
         scorer.warn_of_the_rest()
+    written = ", ".join(map(str, args.output or ()))
+    if written:
+        say(written if result.frames_out else "Nothing was written.")
     if result.ended == "lost":
-        raise InputError(f"{source.name} was lost and did not come back. What came before is kept in {sink.name}.")
+        kept = f" What came before is kept in {written}." if written else ""
+        raise InputError(f"{source.name} was lost and did not come back.{kept}")
     if result.interrupted and not source.live and not sink.paced:
         raise KeyboardInterrupt
 
@@ -99,7 +103,6 @@ def report(result: VideoResult, named: dict[str, Any], json_path: Path | None) -
         say(
             f"mIoU {percent(scores['miou'])} %, flicker {flicker} % of the pixels per frame ({scores['images']} frames)"
         )
-    say(named["output"] if result.frames_out else "Nothing was written.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from aicsd_deploy.cli import Parser, add_json_flag, add_runtime_flags, keep_apar
 from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.metadata import SegClass
+from aicsd_deploy.runtime.base import SUFFIXES
 from aicsd_deploy.runtime.frames import FITS
 from aicsd_deploy.video.label_sinks import PngSink, RleSink
 from aicsd_deploy.video.preview import PreviewSink
@@ -99,8 +100,21 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     add("stray", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.stray:
-        flag = "--engine" if Path(args.stray[0]).suffix in (".onnx", ".plan", ".pt") else "--source"
+        flag = "--engine" if is_artifact(args.stray[0]) else "--source"
+        if flag == "--source" and args.source:  # as of a name with spaces, or *.png, which the shell writes out
+            parser.error(
+                f"{args.stray[0]} stands alone, and --source is {args.source} already: put a name with spaces in quotes, and "
+                "give the folder of several pictures"
+            )
         parser.error(f"{args.stray[0]} stands alone: write {flag} {args.stray[0]}, and a name with spaces in quotes")
+    if args.source and is_artifact(args.source):
+        parser.error(
+            f"{args.source} is a network, not a video: write --engine {args.source}, and the video after --source"
+        )
+    if args.engine and is_video(args.engine):
+        parser.error(
+            f"{args.engine} is a video, not a network: write --source {args.engine}, and the network after --engine"
+        )
     if args.audio and not any(is_video(path) for path in args.output or ()):
         parser.error("--audio needs a video to copy the sound into: -o OUT.mp4")
     if args.audio and (args.source is None or args.source == "synthetic"):
@@ -159,6 +173,11 @@ def _some_view(classes: Sequence[SegClass], opacity: float, title: str) -> Sink:
 def is_video(path: Path) -> bool:
     """Tell whether an output is a video, by its suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def is_artifact(name: str) -> bool:
+    """Tell whether a name is that of a network, by its suffix."""
+    return Path(name).suffix.lower() in SUFFIXES
 
 
 def only_watched(args: argparse.Namespace) -> bool:

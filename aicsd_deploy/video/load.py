@@ -18,10 +18,10 @@ class LoadMeter:
         gpu_percent: of the first GPU; None where there is none.
     """
 
-    def __init__(self, *, every_s: float = 2.0) -> None:
+    def __init__(self) -> None:
         self.cpu_percent: float | None = None
         self.gpu_percent: float | None = None
-        self._every_s, self._ended = every_s, threading.Event()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="load", daemon=True)
         self._thread.start()
 
@@ -31,7 +31,7 @@ class LoadMeter:
 
     def _look(self) -> None:
         before = _cpu_ticks()
-        while not self._ended.wait(self._every_s):
+        while not self._ended.wait(2.0):
             after = _cpu_ticks()
             if before is not None and after is not None and after[1] > before[1]:
                 self.cpu_percent = 100 * (after[0] - before[0]) / (after[1] - before[1])

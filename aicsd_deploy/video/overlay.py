@@ -111,7 +111,7 @@ def _inside(labels: UInt8Array, width_px: int) -> UInt8Array:
 
 @lru_cache(maxsize=8)
 def legend_panel(classes: tuple[SegClass, ...], frame_hw: tuple[int, int]) -> UInt8Array:
-    """Return the legend as uint8 (h, W, 3): a colour chip and a name per class, in as many rows as that needs."""
+    """Return the legend as uint8 (h, W, 3): a colour chip and a name per class, in as many rows as a third of the frame holds."""
     text_px = text_height_px(frame_hw)
     width, row_px, gap = frame_hw[1], 2 * text_px, text_px
     places: list[tuple[int, int]] = []
@@ -129,7 +129,7 @@ def legend_panel(classes: tuple[SegClass, ...], frame_hw: tuple[int, int]) -> UI
         cv2.rectangle(panel, chip[:2], chip[2:], seg_class.color_rgb[::-1], cv2.FILLED)
         cv2.rectangle(panel, chip[:2], chip[2:], _INK, 1, cv2.LINE_AA)  # a black or dark class is seen too
         _write(panel, seg_class.name, (chip[2] + gap // 2, top + text_px), text_px)
-    return panel
+    return panel[: frame_hw[0] // 3 // row_px * row_px]  # some names are more than none
 
 
 @lru_cache(maxsize=8)

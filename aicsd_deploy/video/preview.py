@@ -57,6 +57,9 @@ class PreviewSink(Sink):
         opacity: what the page begins with.
         title: what the page calls itself.
 
+    Attributes:
+        about: what a page has to know once: title, source, size and classes.
+
     Raises:
         InputError: the address cannot be listened on.
     """
@@ -72,7 +75,7 @@ class PreviewSink(Sink):
         title: str = "aicsd-deploy",
     ) -> None:
         legend = [{"name": c.name, "rgb": list(c.color_rgb)} for c in classes]
-        self._about: dict[str, Any] = {"title": title, "opacity": opacity, "classes": legend}
+        self.about: dict[str, Any] = {"title": title, "opacity": opacity, "classes": legend}
         self._server = _listen(address)
         self._server.sink = self
         host, port = self._server.server_address[:2]
@@ -84,7 +87,7 @@ class PreviewSink(Sink):
         self._figures: Figures | None = None
 
     def open(self, source: Source) -> Self:
-        self._about |= {"source": source.name, "live": source.live, "size_hw": list(source.size_hw)}
+        self.about |= {"source": source.name, "live": source.live, "size_hw": list(source.size_hw)}
         self._load = LoadMeter()
         self._threads = [
             threading.Thread(target=self._server.serve_forever, args=(0.1,), name="preview", daemon=True),
@@ -114,10 +117,6 @@ class PreviewSink(Sink):
         for thread in self._threads:
             thread.join()
         self._load.close()
-
-    def about(self) -> dict[str, Any]:
-        """Return what a page has to know once: title, source, size and classes."""
-        return self._about
 
     def next_parcel(self, after: int) -> _Parcel | None:
         """Wait for a frame newer than number `after`; None after a few seconds without one.
@@ -200,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             page = files("aicsd_deploy.video").joinpath("preview.html").read_bytes()
             self._answer(200, page, "text/html; charset=utf-8")
         elif parts.path == "/about.json":
-            self._answer(200, json.dumps(self.server.sink.about()).encode(), "application/json")
+            self._answer(200, json.dumps(self.server.sink.about).encode(), "application/json")
         elif parts.path == "/frame":
             self._answer_frame(parse_qs(parts.query).get("after", ["0"])[0])
         else:

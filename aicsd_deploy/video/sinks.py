@@ -95,27 +95,26 @@ class WindowSink(Sink):
         MissingDependencyError: there is no display, or this OpenCV was built without windows.
     """
 
-    name, paced = "window", True
+    name, paced, title = "window", True, "aicsd-deploy"
 
-    def __init__(self, title: str = "aicsd-deploy") -> None:
+    def __init__(self) -> None:
         require_display()
         try:
-            cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+            cv2.namedWindow(self.title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
         except cv2.error as error:
             raise MissingDependencyError(
                 "This OpenCV was built without windows. Write a file with -o, or install opencv-python in place of "
                 "opencv-python-headless."
             ) from error
-        self._title = title
 
     def open(self, source: Source) -> Self:
-        cv2.resizeWindow(self._title, source.size_hw[1], source.size_hw[0])
+        cv2.resizeWindow(self.title, source.size_hw[1], source.size_hw[0])
         return self
 
     def write(self, frame: Frame) -> bool:
-        cv2.imshow(self._title, frame.image_bgr)
+        cv2.imshow(self.title, frame.image_bgr)
         pressed = cv2.waitKey(1) & 0xFF
-        return pressed not in (ord("q"), 27) and cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) >= 1
+        return pressed not in (ord("q"), 27) and cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
 
     def close(self, error: BaseException | None) -> None:
         cv2.destroyAllWindows()

@@ -114,9 +114,11 @@ class FolderSource(Source):
         InputError: the folder holds no picture, or none that can be decoded.
     """
 
-    def __init__(self, path: Path | str, *, fps: int = 25) -> None:
+    fps = Fraction(25)
+
+    def __init__(self, path: Path | str) -> None:
         folder = Path(path)
-        self.name, self.fps = str(folder), Fraction(fps)
+        self.name = str(folder)
         self._paths = in_order(folder, IMAGE_SUFFIXES)
         if not self._paths:
             raise InputError(
@@ -142,11 +144,12 @@ class FolderSource(Source):
 class SyntheticSource(Source):
     """The built-in street scene, drawn as it is read: ten seconds by default."""
 
-    def __init__(self, size_hw: tuple[int, int], *, seed: int = 1, seconds: float | None = 10.0, fps: int = 25) -> None:
+    name, fps = "synthetic", Fraction(25)
+
+    def __init__(self, size_hw: tuple[int, int], *, seconds: float | None = 10.0) -> None:
         """Take the size of the frames; with `seconds` None the drive does not end."""
-        self.name, self.size_hw, self.fps = "synthetic", size_hw, Fraction(fps)
-        self.frame_count = None if seconds is None else round(seconds * fps)
-        self._seed = seed
+        self.size_hw = size_hw
+        self.frame_count = None if seconds is None else round(seconds * self.fps)
 
     def __iter__(self) -> Iterator[Frame]:
         from aicsd_deploy.data.synthetic import render_scene
@@ -154,7 +157,7 @@ class SyntheticSource(Source):
         for index in count() if self.frame_count is None else range(self.frame_count):
             time_s = float(index / self.fps)
             # Back and forth: a drive is planned for a stretch of road, and this has no seam.
-            image_rgb, _ = render_scene(self._seed, time_s=60 - abs(time_s % 120 - 60), size_hw=self.size_hw)
+            image_rgb, _ = render_scene(1, time_s=60 - abs(time_s % 120 - 60), size_hw=self.size_hw)
             yield Frame(index, np.ascontiguousarray(image_rgb[..., ::-1]), time_s)
 
 

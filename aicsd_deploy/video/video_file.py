@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -84,9 +85,9 @@ class FileSource(Source):
             self._first = next(self._decoded, None)
             if self.lost:
                 raise InputError(
-                    f"{self.name}: its server gave the index, but no frame. If it is still running, it cannot go back (it knows "
-                    "no byte ranges), and the index stands behind the frames. Download the file first, or put the index in "
-                    "front: ffmpeg -i IN.mp4 -c copy -movflags +faststart OUT.mp4"
+                    f"{self.name}: its server answered, but gave no frame. Check that it is still running. If it is, and this is an "
+                    "mp4, the index may stand behind the frames, and the server cannot go back (it knows no byte ranges): "
+                    "download the file first, or put the index in front: ffmpeg -i IN.mp4 -c copy -movflags +faststart OUT.mp4"
                 )
             if self._first is None:
                 raise InputError(
@@ -115,8 +116,11 @@ class FileSource(Source):
         timeline = timeline_of(self._container, step_s=1 / self.fps)
         packets = self._container.demux(self._stream)
         while True:
+            asked_s = time.monotonic()
             try:
                 packet = next(packets, None)
+                if packet is not None and packet.size == 0 and time.monotonic() - asked_s >= SERVER_TIMEOUT_S:
+                    self.lost = self._is_address  # FFmpeg gives out a playlist that has stopped growing like an end
             except (av.error.FFmpegError, IndexError) as error:
                 # Damaged from here on, which for PyAV are streams that appear on the way too; or the server is gone.
                 damaged = isinstance(error, av.error.InvalidDataError | IndexError)

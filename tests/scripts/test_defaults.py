@@ -54,8 +54,9 @@ def test_what_needs_a_float_file_passes_over_newer_int8_files(
     assert f"runs/{taken}" in result.stderr
 
 
+@pytest.mark.parametrize("int8_target", ["tensorrt", "both"])
 def test_the_newest_artefact_is_one_that_fits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], int8_target: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     summary = '{"role": "student", "method": "kd"}'
@@ -65,7 +66,8 @@ def test_the_newest_artefact_is_one_that_fits(
         (Path("runs") / folder / "summary.json").write_text(summary)
         os.utime(Path("runs") / folder / "summary.json", (seconds, seconds))
     assert newest_artifact() == Path("runs/mine/best.pt")
-    precisions = {"student": '"precision": "fp32"', "student.int8": '"precision": "int8" "int8_target": "tensorrt"'}
+    int8 = f'"precision": "int8" "int8_target": "{int8_target}"'
+    precisions = {"student": '"precision": "fp32"', "student.int8": int8}
     for seconds, (name, says) in enumerate(precisions.items()):
         Path(f"runs/{name}.onnx").write_text(says)
         os.utime(f"runs/{name}.onnx", (seconds, seconds))

@@ -419,6 +419,17 @@ def test_what_comes_in_segments_is_read_frame_by_frame(web_server: str, tmp_path
         assert [f.index for f, _ in zip(source, range(10), strict=False)] == list(range(10))
 
 
+def test_segments_that_no_longer_come_are_lost(
+    web_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aicsd_deploy.video.video_file.SERVER_TIMEOUT_S", 1.0)
+    playlist = encode(tmp_path / "live.m3u8", grey_frames(50) * 2, options={"g": "25"})
+    playlist.write_text(playlist.read_text().replace("#EXT-X-ENDLIST", ""))
+    with within(20, lambda: open_source(f"{web_server}/live.m3u8")) as source:
+        assert len(within(20, lambda: list(source))) == 100
+        assert (source.lost, source.skipped) == (True, 0)
+
+
 def test_a_file_whose_index_is_out_of_reach_is_refused_with_what_to_do(web_server: str) -> None:
     with pytest.raises(InputError, match=r"no byte ranges.*faststart"):
         open_source(f"{web_server}/index_last.mp4")

@@ -98,5 +98,15 @@ def test_the_legend_shows_each_colour_and_breaks_into_rows() -> None:
         assert (rows == seg_class.color_rgb[::-1]).all(axis=2).any()
 
 
+def test_a_legend_with_too_many_classes_shows_the_rows_that_a_third_of_the_frame_holds() -> None:
+    classes = tuple(SegClass(f"class {n}", (5 * n, 255 - 5 * n, n)) for n in range(40))
+    panel, row_px = legend_panel(classes, (240, 320)), 2 * text_height_px((240, 320))
+    assert 80 - row_px < len(panel) <= 80
+    image = np.full((240, 320, 3), 100, np.uint8)
+    labels = np.random.default_rng(0).integers(0, 40, (240, 320), np.uint8)
+    Overlay(classes, opacity=0).draw(image, labels)
+    assert (image != 100).any(axis=(1, 2)).sum() == len(panel)
+
+
 def test_text_is_never_wider_than_the_frame() -> None:
     assert text_panel("a very long line of text " * 9, (270, 480)).shape[1] == 480

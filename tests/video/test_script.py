@@ -115,6 +115,7 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
     done = run_script(tmp_path, "--engine e.onnx --source synthetic --max-frames 2", fake_network=True)
     assert done.returncode == 0, done.stderr
     assert "http://127.0.0.1:" in done.stderr
+    assert "http" not in done.stderr.splitlines()[-1], "it has ended, so there is nothing to look at"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,7 +124,9 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
     [
         ("--source in.mp4 -o out.mp4", "no"),
         ("--engine missing.onnx --source in.mp4 -o out.mp4", "missing.onnx does not exist"),
-        ("--engine in.mp4 --source in.mp4 -o out.mp4", "not an artefact"),
+        ("--engine in.mp4 --source e.onnx -o out.mp4", "write --engine e.onnx"),
+        ("--engine in.mp4 -o out.mp4", "write --source in.mp4"),
+        ("--engine in.txt --source in.mp4 -o out.mp4", "in.txt does not exist"),
         ("--engine e.onnx --source in.mp4 -o out.mp4", "e.onnx"),
         ("--engine e.onnx --source in.mp4 -o out.avi", "must end in .mp4, .mkv, .mov (a video)"),
         ("--engine e.onnx --source in.mp4 -o -", "Cannot write -"),
@@ -144,6 +147,7 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
         ("--engine e.onnx --frobnicate", "frobnicate"),
         ("in.mp4", "write --source in.mp4"),
         ("--source in.mp4 e.onnx", "write --engine e.onnx"),
+        ("--source img1.png img2.png", "give the folder of several pictures"),
     ],
 )
 def test_bad_flags_and_engines_give_one_message_and_no_file(tmp_path: Path, flags: str, says: str) -> None:
