@@ -92,7 +92,7 @@ def plot_curves(folder: Path) -> Path:
     plt = pyplot()
     lines = read_log(folder)
     steps = [line for line in lines if "terms" in line]
-    drawn = ".-" if len(steps) < 30 else "-"  # a line of one point is not to be seen
+    mark = "." if len(steps) < 30 else ""  # a line of one point is not to be seen
     scored = [line for line in lines if "val" in line]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
     for axis, key, title in (
@@ -101,7 +101,7 @@ def plot_curves(folder: Path) -> Path:
     ):
         for name in steps[0][key] if steps else []:
             values = [line[key][name] for line in steps]
-            axis.plot([line["step"] for line in steps], values, drawn, label=name, linewidth=1)
+            axis.plot([line["step"] for line in steps], values, f"{mark}-", label=name, linewidth=1)
         axis.set(title=title, xlabel="step")
         axis.set_yscale("log", nonpositive="mask")  # a term whose weight is 0, as ALW's first, has no place on it
         if steps:
@@ -113,12 +113,14 @@ def plot_curves(folder: Path) -> Path:
         axes[2].plot(
             [line["step"] for line in steps],
             [100 * line["alpha"] for line in steps],
-            ":",
+            f"{mark}:",
             color="grey",
             label="100 α (ALW)",
         )
     axes[2].set(title="validation", xlabel="step", ylim=(0, 100))
     axes[2].legend()
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there is no step 4.8
     return save_figure(figure, folder / "curves.png")
 
 

@@ -91,7 +91,7 @@ def _plot_curves(study: dict[str, Any], path: Path) -> Path:
             axis.fill_between(epochs, scores.min(axis=0), scores.max(axis=0), color=line.get_color(), alpha=0.12)
     if study["teacher"] is not None:
         axis.axhline(100 * study["teacher"]["miou"], linestyle="--", color="grey", label="teacher")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there is no epoch 0.96
     axis.set(xlabel="epoch", ylabel="val mIoU, %", title="mean over the seeds, and their range")
     axis.legend()
     return save_figure(figure, path)

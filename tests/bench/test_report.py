@@ -357,6 +357,11 @@ def test_the_pareto_front_leaves_out_what_is_beaten_in_both() -> None:
     assert len(points.split()) == 2
 
 
+def test_the_scale_of_the_pareto_plot_begins_with_its_own_zero() -> None:
+    drawing = charts.pareto(["teacher", "collapsed"], [20, 10], [(19, 21), (9, 11)], [0.12, 0.001])
+    assert re.findall(r'text-anchor="end"[^>]*>(\d+)<', drawing) == ["0", "5", "10"]
+
+
 def test_a_wide_interval_is_in_the_pareto_plot_and_one_without_end_goes_on_in_an_arrow() -> None:
     drawing = charts.pareto(["a", "b"], [10, 20], [(0, 400), (12, 32)], [0.5, 0.6])  # of two rounds, say
     for kind in ("s0", "s1"):
