@@ -213,6 +213,13 @@ class MethodConfig(BaseModel):
         description="leave ignored and padded pixels out of the teacher's terms; keep them where much is unlabelled and the "
         "teacher knows better",
     )
+    teacher_scale: float = Field(
+        1.0,
+        ge=1,
+        le=16,
+        description="the teacher sees each picture this many times as high and wide as the student, best a whole number: for a "
+        "teacher that was trained on larger pictures than the student is to run on",
+    )
     teacher_errors: Literal["keep", "mask", "weigh"] = Field(
         "keep",
         description="mask: leave out where the teacher contradicts the label, when it is weak; weigh (kd, aicsd): in the "
@@ -277,7 +284,7 @@ class DistillConfig(MethodConfig, TrainConfig):
     )
     image_size: SizeHW = Field(
         None,
-        description="size the network works on, HEIGHTxWIDTH (default: the teacher's, else that of the first validation image)",
+        description="size the network works on, HEIGHTxWIDTH (default: the teacher's, by --teacher-scale smaller, else that of the first validation image)",
     )
     qat: Annotated[
         Literal["off", "cpu", "tensorrt"],

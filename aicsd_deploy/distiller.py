@@ -84,6 +84,7 @@ class Distiller:
             parameters, and what `balance` has measured as buffers.
         autocast: what the networks compute in; None is float32. The losses are always given float32.
         phase: times the parts of the work.
+        picture_scale: pictures may be this many times as large as their labels: the teacher sees them so, the student smaller.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Distiller:
         self.autocast = autocast
         self.phase: Phase = untimed
         self.settings = MethodConfig(method="none") if settings is None else settings
+        self.picture_scale = self.settings.teacher_scale
         self.names = TERMS.get(self.settings.method, (self.settings.method,))
         self._epochs = epochs
         self._known = None if known_classes is None else torch.tensor(list(known_classes))
@@ -147,7 +149,7 @@ class Distiller:
         with self.phase("teacher"):  # first, so that its activations are gone before the student's are kept
             target = None if self.teacher is None else self._teacher_logits(images)
         with self.phase("student"), self._autocast(images.device):
-            logits = self.student(images)
+            logits = self.student(_averaged(images, batch.labels_BHW.shape[1:]))
         with self.phase("losses"):
             return self._losses(logits.float(), target, batch, step=step, total_steps=total_steps)
 
@@ -322,6 +324,13 @@ def probability_of_labels(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
     chosen = labels_BHW.masked_fill(ignored, 0).unsqueeze(1)
     given = torch.softmax(logits_BCHW.float(), dim=1).gather(1, chosen).squeeze(1)
     return given.masked_fill(ignored, 1.0)
+
+
+def _averaged(images_BCHW: Tensor, size: Sequence[int]) -> Tensor:
+    """Return pictures at a smaller size, as frames are made smaller that the student is given later."""
+    if images_BCHW.shape[2:] == tuple(size):
+        return images_BCHW
+    return F.interpolate(images_BCHW.float(), size=tuple(size), mode="area").round()
 
 
 def _resized(logits_BCHW: Tensor, size: Sequence[int]) -> Tensor:

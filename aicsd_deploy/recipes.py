@@ -16,7 +16,7 @@ from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.data.check import check_dataset, check_splits
 from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
-from aicsd_deploy.data.transforms import derived_seed
+from aicsd_deploy.data.transforms import derived_seed, scaled
 from aicsd_deploy.distiller import Distiller
 from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.evaluate import evaluate
@@ -52,7 +52,9 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
 
     Without `config.teacher`, the newest teacher under runs/ for this data is taken, and one is trained if there is none.
     """
-    for flag, value in (("--teacher", config.teacher), ("--class-map", config.class_map)):
+    shown_larger = None if config.teacher_scale == 1 else config.teacher_scale
+    of_a_teacher = {"--teacher": config.teacher, "--class-map": config.class_map, "--teacher-scale": shown_larger}
+    for flag, value in of_a_teacher.items():
         if config.method == "none" and value is not None:
             raise InputError(f"--method none learns from labels alone and takes no {flag}. Leave one of them out.")
     distributed.start(choose_device(config.device))
@@ -71,10 +73,8 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
             )
         name = str(own / BEST)
         say(f"There is no teacher for {config.data} yet; training one first into {own}.")
-        shared = {
-            k: v for k, v in asked.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT
-        }
-        train_teacher(TrainConfig(**shared | {"image_size": config.image_size}), own, resume=True)
+        asked = asked.model_copy(update={"image_size": config.image_size})
+        train_teacher(TrainConfig(**settings_of_own_teacher(asked)), own, resume=True)
     classes = listed(config.data, "val").classes
     teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
     say(f"teacher: {name} ({teacher.metadata.model})")
@@ -85,6 +85,13 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
             "teacher alike, so that the ICSD term is 0. Give --icsd-normalize none, and --balance 0.1 for its weight."
         )
     return _train(config, out, role="student", method=config.method, teacher=teacher, resume=resume)
+
+
+def settings_of_own_teacher(config: DistillConfig) -> dict[str, Any]:
+    """Return the settings of a teacher that is trained first: its student's, for pictures of the size that it will be shown."""
+    shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT}
+    sizes = {k: scaled(shared[k], config.teacher_scale) for k in ("image_size", "crop_size") if shared[k] is not None}
+    return shared | sizes
 
 
 def _teacher_of(out: Path, own: Path, data: str) -> tuple[str | None, bool]:
@@ -180,7 +187,8 @@ def _train(
         }
         teacher_network, teacher_miou = None, None
         if teacher is not None:
-            teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, config.crop_size, device)
+            assert isinstance(config, DistillConfig)
+            teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, config, device)
             lowered(teacher_network, autocast)
             if config.compile:
                 teacher_network.compile()
@@ -226,13 +234,19 @@ def _ready_teacher(
     teacher: Teacher,
     val_data: SegmentationDataset,
     student: Metadata,
-    crop_size_hw: tuple[int, int] | None,
+    config: DistillConfig,
     device: torch.device,
 ) -> tuple[nn.Module, float]:
-    """Return the teacher, frozen and with its own normalisation, and its mIoU at the student's image size."""
+    """Return the teacher, frozen and with its own normalisation, and its mIoU on pictures of the size that it is shown."""
     network = teacher.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
-    _try(network, metadata, crop_size_hw, device)
+    size, own = scaled(student.image_size_hw, config.teacher_scale), teacher.metadata.image_size_hw
+    metadata = teacher.metadata.replace(image_size_hw=size)
+    _try(network, metadata, config.crop_size and scaled(config.crop_size, config.teacher_scale), device)
+    if own[0] > 1.2 * size[0]:
+        say(
+            f"note: the teacher was trained on pictures of {own[0]}x{own[1]} and is shown {size[0]}x{size[1]}. "
+            f"--teacher-scale {own[0] / student.image_size_hw[0]:.3g} shows it the size that it knows."
+        )
     backend = TorchBackend(network, metadata, device=device)
     miou = evaluate_together(backend, val_data, title="scoring the teacher").scores(metadata.class_names).miou
     say(f"teacher's val mIoU: {percent(miou)} %")
@@ -248,7 +262,8 @@ def _image_size(config: TrainConfig, teacher: Teacher | None, data: Segmentation
     if config.image_size is not None:
         return config.image_size
     if teacher is not None and min(teacher.metadata.image_size_hw) > 0:
-        return teacher.metadata.image_size_hw
+        scale = config.teacher_scale if isinstance(config, DistillConfig) else 1.0
+        return scaled(teacher.metadata.image_size_hw, 1 / scale)
     height, width, _ = data.load(0)[0].shape
     return height, width
 

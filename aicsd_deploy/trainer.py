@@ -187,6 +187,7 @@ class Trainer:
                 config.color_jitter,
                 config.crop_size,
                 config.keep_aspect,
+                self.loss.picture_scale,
             ),
             batch_size=config.batch_size,
             seed=config.seed,

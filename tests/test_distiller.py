@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from aicsd_deploy.cli import Parser
@@ -108,6 +109,24 @@ def test_a_teacher_of_another_stride_is_brought_to_the_students_size(batch: Batc
     breakdown = distiller(Network(0, stride=4), Network(1, stride=2), "aicsd")(batch, step=1, total_steps=3)
     assert breakdown.logits_BCHW.shape[2:] == (4, 4)
     assert breakdown.terms["kd"] > 0
+
+
+@pytest.mark.parametrize("method", ["aicsd", "at", "sp", "ickd"])
+def test_a_teacher_that_sees_larger_pictures_than_the_student(method: str, batch: Batch) -> None:
+    def loss(pictures: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(2)  # for ickd's adapter
+        made = distiller(Network(0).eval(), Network(1, stride=8), method, teacher_scale=2)
+        return made(Batch(pictures, batch.labels_BHW), step=1, total_steps=3).total
+
+    fine = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    small = F.avg_pool2d(fine.float(), 2).round()
+    seen: list[torch.Tensor] = []
+    student = Network(0).eval()
+    student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    distiller(student, Network(1), method, teacher_scale=2)(Batch(fine, batch.labels_BHW), step=1, total_steps=3)
+    assert torch.equal(seen[-1], small), "the student sees what a camera's frame becomes"
+    blurred = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).to(torch.uint8)  # the same to the student
+    assert loss(fine) != loss(blurred), "the teacher sees the detail"
 
 
 def test_ignored_pixels_count_in_no_term(batch: Batch) -> None:

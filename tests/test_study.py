@@ -149,6 +149,12 @@ def test_what_a_cell_cannot_be_is_said_before_anything_runs(studied: Path) -> No
     assert not list(studied.glob("out/cells/*-seed2"))
 
 
+def test_a_cell_without_a_teacher_sees_no_larger_pictures() -> None:
+    study = StudyConfig(methods=["none", "kd"], teacher_scale=2)
+    cells = [study.cell(name, 0, teacher="t.pt") for name in study.methods]
+    assert [(c.teacher, c.teacher_scale) for c in cells] == [(None, 1), ("t.pt", 2)]
+
+
 def test_a_cell_of_an_older_version_that_did_not_know_a_setting_still_counts(studied: Path) -> None:
     path = studied / "out/cells/none-seed0/cell.json"
     cell = json.loads(path.read_text())

@@ -23,7 +23,7 @@ class Batch:
     """What one training step sees.
 
     Attributes:
-        images_BCHW: uint8, red, green, blue.
+        images_BCHW: uint8, red, green, blue; larger than the labels where the teacher is to see more than the student.
         labels_BHW: class indices, 255 where ignored: int64, but uint8 until they are uploaded (an eighth of the bytes).
         step_labels_BHW: where this is a part of what the process sees in the step, the labels of all its parts.
     """

@@ -21,6 +21,11 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
+def scaled(size_hw: tuple[int, int], factor: float) -> tuple[int, int]:
+    """Return a height and width times a factor, in whole pixels."""
+    return round(size_hw[0] * factor), round(size_hw[1] * factor)
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Random scale, crop and flip of a picture; photometric change of a batch, on the device that it lies on.
@@ -33,6 +38,7 @@ class Augmentation:
         color_jitter: strength of the change of brightness, contrast and saturation; 0 leaves the colours.
         crop_size_hw: size of the crop that training sees; None is `image_size_hw`.
         keep_aspect: the picture covers `image_size_hw` with its proportions kept, instead of being stretched to it.
+        picture_scale: pictures come this many times as high and wide as the crop that their labels have.
     """
 
     image_size_hw: tuple[int, int]
@@ -41,27 +47,30 @@ class Augmentation:
     color_jitter: float = 0.3
     crop_size_hw: tuple[int, int] | None = None
     keep_aspect: bool = False
+    picture_scale: float = 1.0
 
     def __call__(self, pair: LabelledImage, *, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the picture, uint8 (3, H, W), and its labels, uint8 (H, W); what was padded is 255."""
+        """Return the picture, uint8 (3, H, W), and its labels, uint8 (H, W) or less; what was padded is 255."""
+        crop = self.crop_size_hw or self.image_size_hw
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             low, high = (torch.log(torch.tensor(v)) for v in self.scale)
             factor = torch.exp(low + (high - low) * torch.rand(())).item()
-            base = self.image_size_hw
+            base = scaled(self.image_size_hw, self.picture_scale)
             if self.keep_aspect:
                 cover = max(base[0] / pair[0].shape[0], base[1] / pair[0].shape[1])
                 base = (round(pair[0].shape[0] * cover), round(pair[0].shape[1] * cover))
             height, width = (max(1, round(side * factor)) for side in base)
             image = tv_tensors.Image(torch.from_numpy(resize_image(pair[0], (height, width)).copy()).permute(2, 0, 1))
             labels = tv_tensors.Mask(torch.from_numpy(resize_labels(pair[1], (height, width)).copy()))
-            image, labels = self._random_part()(image, labels)
-        return image.as_subclass(Tensor).contiguous(), labels.as_subclass(Tensor).contiguous()
+            image, labels = self._random_part(scaled(crop, self.picture_scale))(image, labels)
+        small = torch.from_numpy(resize_labels(labels.numpy(), crop))
+        return image.as_subclass(Tensor).contiguous(), small.contiguous()
 
-    def _random_part(self) -> v2.Compose:
+    def _random_part(self, crop_hw: tuple[int, int]) -> v2.Compose:
         steps: list[v2.Transform] = [
             v2.RandomCrop(
-                self.crop_size_hw or self.image_size_hw,
+                crop_hw,
                 pad_if_needed=True,
                 # Padding is mid-grey: no edge as strong as one to black.
                 fill={tv_tensors.Image: 114, tv_tensors.Mask: IGNORE_LABEL},

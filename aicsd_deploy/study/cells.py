@@ -18,7 +18,7 @@ from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import write_json
 from aicsd_deploy.metadata import git_revision
-from aicsd_deploy.recipes import OF_THE_STUDENT, distill, train_teacher
+from aicsd_deploy.recipes import distill, settings_of_own_teacher, train_teacher
 from aicsd_deploy.study.config import StudyConfig
 from aicsd_deploy.teachers import open_teacher
 from aicsd_deploy.tracking import read_log
@@ -59,9 +59,7 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
 
 def _own_teacher(config: StudyConfig, folder: Path) -> str:
     """Train the study's teacher, unless that is done. Raise InputError where it was trained by another recipe."""
-    shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields}
-    own = {k: v for k, v in shared.items() if k not in OF_THE_STUDENT}
-    wanted = validated(TrainConfig, own | config.teacher_recipe)
+    wanted = validated(TrainConfig, settings_of_own_teacher(config) | config.teacher_recipe)
     summary = folder / "summary.json"
     if summary.is_file():
         trained = json.loads(summary.read_text(encoding="utf-8"))["config"]

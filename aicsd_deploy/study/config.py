@@ -49,5 +49,5 @@ class StudyConfig(DistillConfig):
         changes = self.variants.get(name, {"method": name})
         values = recipe | {"teacher": teacher} | changes | {"seed": seed}
         if values.get("method") == "none":
-            values |= {"teacher": None, "class_map": None}
+            values |= {"teacher": None, "class_map": None, "teacher_scale": 1.0}
         return validated(DistillConfig, values)

@@ -25,11 +25,13 @@ class Loss(Protocol):
         student: what is in training; several processes share the gradients of what stands here.
         state: what it trains or measures besides the network: optimised and saved with the run, not with the network.
         phase: times the parts of the work.
+        picture_scale: how many times as high and wide as their labels the pictures are that it takes.
     """
 
     student: nn.Module
     state: nn.Module
     phase: Phase
+    picture_scale: float
 
     def __call__(self, batch: Batch, *, step: int, total_steps: int) -> LossBreakdown: ...
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from aicsd_deploy.data.dataset import FileDataset, LabelledImage
 from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.data.transforms import Augmentation
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.runtime.frames import resize_image
 
 
 def loader_of(
@@ -113,6 +115,18 @@ def test_picture_and_labels_move_together_and_padding_is_ignored() -> None:
         assert agree.float().mean() > 0.9, "only edges blurred by the resizing may differ"
         assert (picture[:, ~inside] == 114).all()
     assert 3 < padded < 17, "pictures are made smaller about half of the time"
+
+
+def test_pictures_that_are_larger_than_their_labels_show_the_same() -> None:
+    labels = np.kron(np.random.default_rng(0).integers(0, 2, (6, 8)), np.ones((8, 8))).astype(np.uint8)
+    image = np.repeat((labels * 200)[..., None], 3, axis=2)
+    for seed in range(10):
+        picture, mask = Augmentation((48, 64), crop_size_hw=(40, 44), picture_scale=1.5)((image, labels), seed=seed)
+        assert (picture.shape, mask.shape) == ((3, 60, 66), (40, 44))
+        small, inside = F.interpolate(picture[None].float(), size=(40, 44), mode="area")[0, 0], mask != 255
+        assert ((small > 100) == (mask == 1))[inside].float().mean() > 0.9
+    whole = Augmentation((24, 32), (1.0, 1.0), flip=False, picture_scale=1.5)((image, labels), seed=0)
+    assert torch.equal(whole[0], torch.from_numpy(resize_image(image, (36, 48))).permute(2, 0, 1)), "all of it"
 
 
 def test_a_picture_is_stretched_or_covers_the_crop_in_its_proportions() -> None:

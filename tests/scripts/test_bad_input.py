@@ -112,6 +112,10 @@ CASES = {
         "train/distill.py --data folder:data --method none --class-map x.yaml --out {o}",
         "takes no --class-map",
     ),
+    "distill, none with a teacher's pictures": (
+        "train/distill.py --data folder:data --method none --teacher-scale 2 --out {o}",
+        "takes no --teacher-scale",
+    ),
     "teacher, batch of one": (
         "train/teacher.py --batch-size 1 --out {o}",
         "batch_size: must be at least 2 (given: 1). It is: images per step",

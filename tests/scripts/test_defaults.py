@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import call_script
+from helpers import TINY, call_script
 
 from aicsd_deploy.runs import newest_artifact
 
@@ -118,9 +118,26 @@ def test_a_teacher_is_trained_where_there_is_none(trained: Path, tmp_path: Path)
         "--image-size",
         "48x64",
     ]
-    student = ["--student", "lraspp_mobilenetv2", "--out", "runs/s"]
+    student = ["--student", "lraspp_mobilenetv2", "--teacher-scale", 1.25, "--out", "runs/s"]
     result = call_script("train/distill.py", *config, *student, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/s/teacher/best.pt").is_file()
-    assert json.loads((tmp_path / "runs/s/summary.json").read_text())["role"] == "student"
-    assert json.loads((tmp_path / "runs/s/teacher/summary.json").read_text())["role"] == "teacher"
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("runs/s", "runs/s/teacher")]
+    assert [s["role"] for s in summaries] == ["student", "teacher"]
+    assert [s["image_size_hw"] for s in summaries] == [[48, 64], [60, 80]], "the teacher's size is the one it is shown"
+
+
+def test_a_student_that_runs_on_smaller_pictures_than_its_teacher(trained: Path, tmp_path: Path) -> None:
+    teacher = json.loads((trained / "runs/teacher/summary.json").read_text())
+    student = [*TINY, "--teacher", "runs/teacher/best.pt", "--student", "tiny_network:tiny", "--epochs", 1]
+    scaled = call_script("train/distill.py", *student, "--teacher-scale", 2, "--out", tmp_path / "scaled", cwd=trained)
+    assert scaled.returncode == 0, scaled.stderr
+    summary = json.loads((tmp_path / "scaled/summary.json").read_text())
+    assert summary["image_size_hw"] == [side // 2 for side in teacher["image_size_hw"]]
+    assert summary["teacher"]["miou"] == pytest.approx(teacher["miou"], abs=1e-6), (
+        "it sees the pictures it was trained on"
+    )
+    small = ["--image-size", "x".join(map(str, summary["image_size_hw"])), "--out", tmp_path / "small"]
+    result = call_script("train/distill.py", *student, *small, cwd=trained)
+    assert "--teacher-scale 2 shows it the size that it knows" in result.stderr
+    assert "--teacher-scale" not in scaled.stderr
