@@ -42,6 +42,8 @@ SizeHW = Annotated[tuple[int, int] | None, BeforeValidator(lambda value: None if
 Method = Literal["none", "kd", "at", "sp", "ickd", "cwd", "dist", "icsd", "aicsd"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 C = TypeVar("C", bound="TrainConfig")
+MAIN = ("data", "model", "teacher", "method", "image_size", "epochs")
+"""What nearly every training is given: it stands first in --help, before the fifty settings that few need."""
 ON_ALONE = {"alw": "linear", "qat": "cpu"}
 """What a flag of several values means where it stands alone."""
 OF_LOGITS = ("temperature", "distill_size", "mask_ignored", "teacher_errors", "teacher_confidence")
@@ -322,7 +324,7 @@ def add_config_flags(
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with any of the settings below; flags override it"
     )
-    for name, field in config.model_fields.items():
+    for name, field in sorted(config.model_fields.items(), key=lambda item: item[0] not in MAIN):
         if name in without:
             continue
         flag = "--" + (renamed or {}).get(name, name).replace("_", "-")

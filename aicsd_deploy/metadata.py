@@ -33,7 +33,7 @@ class SegClass:
 
     def __post_init__(self) -> None:
         """Raise ValueError where the name would do something to a terminal that it is printed on."""
-        _plain_text(self.name)
+        plain_text(self.name)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Metadata:
                 "provenance": {str(k): str(v) for k, v in value["provenance"].items()},
             }
             for name in ("model", "precision", "role", "method", "data"):
-                _plain_text(rest.get(name, ""))
+                plain_text(rest.get(name, ""))
             if not classes or height < 1 or width < 1 or rest["channel_order"] not in ("bgr", "rgb"):
                 raise ValueError("no classes, no size or an unknown channel order")
             return cls(**rest)
@@ -148,7 +148,8 @@ def onnx_says(path: Path, key: str, value: str) -> bool:
     return f'"{key}": "{value}"'.encode() in path.read_bytes()
 
 
-def _plain_text(text: Any) -> None:
+def plain_text(text: Any) -> None:
+    """Raise ValueError unless this is text that does nothing to a terminal that it is printed on."""
     if not isinstance(text, str) or any(unicodedata.category(character) == "Cc" for character in text):
         raise ValueError(f"{text!r} is no text, or has control characters")
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from aicsd_deploy.files import atomic_path, write_png
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
-from aicsd_deploy.video.overlay import Overlay
+from aicsd_deploy.video.overlay import Overlay, legend_panel
 
 METRICS = "metrics.jsonl"
 
@@ -91,6 +92,7 @@ def plot_curves(folder: Path) -> Path:
     plt = pyplot()
     lines = read_log(folder)
     steps = [line for line in lines if "terms" in line]
+    mark = "." if len(steps) < 30 else ""  # a line of one point is not to be seen
     scored = [line for line in lines if "val" in line]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
     for axis, key, title in (
@@ -98,8 +100,10 @@ def plot_curves(folder: Path) -> Path:
         (axes[1], "gradient_norm", "gradient norm of the weighted terms"),
     ):
         for name in steps[0][key] if steps else []:
-            axis.plot([line["step"] for line in steps], [line[key][name] for line in steps], label=name, linewidth=1)
-        axis.set(title=title, xlabel="step", yscale="log")
+            values = [line[key][name] for line in steps]
+            axis.plot([line["step"] for line in steps], values, f"{mark}-", label=name, linewidth=1)
+        axis.set(title=title, xlabel="step")
+        axis.set_yscale("log", nonpositive="mask")  # a term whose weight is 0, as ALW's first, has no place on it
         if steps:
             axis.legend()
     axes[2].plot(
@@ -109,12 +113,14 @@ def plot_curves(folder: Path) -> Path:
         axes[2].plot(
             [line["step"] for line in steps],
             [100 * line["alpha"] for line in steps],
-            ":",
+            f"{mark}:",
             color="grey",
             label="100 α (ALW)",
         )
     axes[2].set(title="validation", xlabel="step", ylim=(0, 100))
     axes[2].legend()
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there is no step 4.8
     return save_figure(figure, folder / "curves.png")
 
 
@@ -150,7 +156,7 @@ def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *,
         tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
         tiles["predicted"] = overlay.draw(frame.copy(), predicted)
         rows.append(picture_row(tiles, width=400, titled=not rows))
-    write_png(path, np.vstack(rows))
+    write_png(path, picture_page(rows, dataset.classes))
     return path
 
 
@@ -167,6 +173,13 @@ def picture_row(pictures: dict[str, UInt8Array], *, width: int, titled: bool) ->
             cv2.putText(tile, title, (8, 24), font, scale, (255, 255, 255), 2, cv2.LINE_AA)
         tiles.append(cv2.copyMakeBorder(tile, 0, 4, 0, 4, cv2.BORDER_CONSTANT))
     return np.asarray(np.hstack(tiles), dtype=np.uint8)
+
+
+def picture_page(rows: Sequence[UInt8Array], classes: tuple[SegClass, ...]) -> UInt8Array:
+    """Return rows of pictures, one below the other, and below them which colour is which class."""
+    width = rows[0].shape[1]
+    legend = legend_panel(classes, (540, width))  # letters as on a frame of 540 rows: 15 pixels
+    return np.asarray(np.vstack([*rows, legend]), dtype=np.uint8)
 
 
 def pyplot() -> Any:

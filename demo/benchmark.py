@@ -26,7 +26,7 @@ with needed_packages():
     from aicsd_deploy.bench.gate import Rule, other_machine, read_baseline, require_comparable, require_no_worse
     from aicsd_deploy.bench.report import benchmark
     from aicsd_deploy.bench.report_files import write_report
-    from aicsd_deploy.bench.tables import noise, summary
+    from aicsd_deploy.bench.tables import names_of, noise, summary
     from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
     from aicsd_deploy.runtime.base import open_backend
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say("\n" + table(*summary(report)))
     for line in noise(report):
         say(f"noisy: {line}")
-    say("\n".join(str(path) for path in written))
+    say("\n".join(str(path) for path in written) + f" (of {names_of(report)[-1]})")
     if baseline:
         if differs := other_machine(report, baseline):
             say(f"warning: the baseline was measured otherwise, so that times say little: {differs}")

@@ -33,16 +33,10 @@ from aicsd_deploy.files import atomic_path, sha256
 from aicsd_deploy.runs import newest_checkpoint
 
 with needed_packages():
-    import torch
-
-    from aicsd_deploy.checkpoint import load_checkpoint
     from aicsd_deploy.data.spec import SPEC_HELP, open_dataset
-    from aicsd_deploy.export.onnx_export import OPSET, export_onnx
     from aicsd_deploy.export.verify import compare, frames_for_comparison, require_agreement
     from aicsd_deploy.metadata import provenance
-    from aicsd_deploy.models import command_for
     from aicsd_deploy.runtime.base import open_backend
-    from aicsd_deploy.runtime.torch_backend import TorchBackend
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dynamic", choices=["batch", "size"], nargs="+", default=[], help="what may differ from call to call; batch, size or both")
     add("--image-size", type=size_hw, metavar="HxW", help="size of the frames it takes (default: as trained)")
     add("--channels", choices=["bgr", "rgb"], default="bgr", help="channel order of the frames; bgr as cameras give it")
-    add("--opset", type=positive_int, metavar="N", default=OPSET, help="ONNX operator set; TensorRT 10 and 11 and ONNX Runtime since 1.15 read 18, so change it only for a program that asks for another")
+    add("--opset", type=positive_int, metavar="N", help="ONNX operator set (default: 18, which TensorRT 10 and 11 and ONNX Runtime since 1.15 read; another only for a program that asks for it)")
     add("--data", metavar="SPEC", help=f"where the frames for the proof come from: {SPEC_HELP} (default: what it was trained on)")
     # fmt: on
     add("--frames", type=positive_int, metavar="N", default=16, help="how many frames the proof takes")
@@ -66,7 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "No checkpoint was given and there is no finished student under runs/. Make one: python train/distill.py"
         )
     if args.out is not None and args.out.suffix != ".onnx":
-        raise InputError(f"{args.out} must end in .onnx.")
+        raise InputError(f"-o {args.out} must end in .onnx, by which every command knows such a file.")
+    # Only now, since importing torch and torchvision takes seconds: wrong flags are told at once.
+    import torch
+
+    from aicsd_deploy.checkpoint import load_checkpoint
+    from aicsd_deploy.export.onnx_export import OPSET, export_onnx
+    from aicsd_deploy.models import command_for
+    from aicsd_deploy.runtime.torch_backend import TorchBackend
+
     checkpoint = load_checkpoint(path)
     out = args.out or path.with_name(f"{checkpoint.metadata.role}.onnx")
     keep_apart(args.json, path, out)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     frames = frames_for_comparison(open_dataset(args.data or metadata.data, "val"), count=args.frames)
     say(f"exporting {path} ({metadata.model}, {metadata.image_size_hw[0]}x{metadata.image_size_hw[1]})")
     with atomic_path(out) as temporary:
-        export_onnx(checkpoint, metadata, temporary, opset=args.opset)
+        export_onnx(checkpoint, metadata, temporary, opset=args.opset or OPSET)
         # The proof runs on the CPU: the reference must not depend on the GPU that happens to be here.
         reference = TorchBackend(
             checkpoint.build(), checkpoint.metadata.replace(channel_order=args.channels), device=torch.device("cpu")

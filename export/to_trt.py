@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{onnx} is not an ONNX file. Export the checkpoint first: python export/to_onnx.py {onnx}")
     existing_file(onnx, "The ONNX file")
     if out.suffix != ".plan":
-        raise InputError(f"{out} must end in .plan.")
+        raise InputError(f"-o {out} must end in .plan, by which every command knows an engine.")
     keep_apart(args.json, onnx, out, card_path(out))
     flavor, reason = choose_flavor(args.flavor)
     options = BuildOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(BuildOptions)})

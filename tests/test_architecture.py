@@ -180,6 +180,18 @@ def test_every_command_says_which_package_is_missing(start: list[str], tmp_path:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("script", [path for path, _ in SCRIPTS.values() if path != "demo/quickstart.py"])
+def test_flags_are_read_before_torch_is_imported(script: str, tmp_path: Path) -> None:
+    """Importing it takes seconds, which nobody should wait for to read --help or that a flag is wrong."""
+    body = (
+        f"import runpy; sys.argv = [{script!r}, '--help']; runpy.run_path({str(REPO / script)!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", blocked_program(body, ("torch", "torchvision"))]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--json" in result.stdout
+
+
 @pytest.mark.parametrize("script", [path for path, _ in SCRIPTS.values()])
 def test_a_python_without_any_package_is_told_what_to_install(script: str, tmp_path: Path) -> None:
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -17,7 +17,7 @@ from helpers import NETWORK_WITH_BACKBONE, call_script, write_folder_dataset
 from aicsd_deploy.config import DistillConfig
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.study import cells as cells_module
-from aicsd_deploy.study.cells import StudyConfig
+from aicsd_deploy.study.config import StudyConfig
 from aicsd_deploy.study.plots import TILE_WIDTH, draw_strip, strip_methods
 from aicsd_deploy.study.results import paired_difference, summarize, to_markdown
 
@@ -85,6 +85,20 @@ def test_a_study_without_cross_entropy_says_what_that_leaves_out(studied: Path) 
     assert "no classes.png" not in to_markdown(found, "")
     del found["methods"]["none"]
     assert "no classes.png: add it to --methods" in to_markdown(found, "")
+
+
+def test_cells_that_predict_one_class_everywhere_are_named(studied: Path) -> None:
+    found = json.loads((studied / "out/study.json").read_text())
+    for cell in found["cells"]:
+        cell["per_class_iou"] = {"road": 0.4, "sky": 0.1, "never": None}
+    assert "Collapsed" not in to_markdown(found, "")
+    for cell in found["cells"]:
+        if (cell["name"], cell["seed"]) in (("none", 1), ("kd", 1)):
+            cell["per_class_iou"] = {"road": 0.4, "sky": 0.0, "never": None}
+    assert "**Collapsed to one class:** none, seed 1; kd, seed 1." in to_markdown(found, "")
+    for cell in found["cells"]:
+        cell["per_class_iou"] = {"road": 1.0, "sky": None, "never": None}
+    assert "Collapsed" not in to_markdown(found, ""), "the images have one class only"
 
 
 def test_the_strip_shows_the_best_methods_of_the_study_beside_cross_entropy() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import TINY, call_script, log_lines, run_script, write_folder_dataset
 
+from aicsd_deploy import tracking
 from aicsd_deploy.checkpoint import load_checkpoint, save_checkpoint
 from aicsd_deploy.errors import Preempted
-from aicsd_deploy.tracking import picture_row
+from aicsd_deploy.metadata import SegClass
+from aicsd_deploy.tracking import picture_page, picture_row, plot_curves
 from aicsd_deploy.trainer import Trainer
 
 
@@ -208,6 +211,24 @@ def test_the_pictures_of_a_row_carry_their_names() -> None:
     assert row.shape == (104, 400, 3)
     assert all(half.max() == 255 for half in (row[:, :200], row[:, 200:]))
     assert picture_row({"truth": black}, width=200, titled=False).max() == 0
+
+
+def test_a_page_of_pictures_says_which_colour_is_which_class() -> None:
+    black = np.zeros((100, 400, 3), np.uint8)
+    page = picture_page([black, black], (SegClass("road", (200, 10, 20)), SegClass("sky", (30, 40, 250))))
+    assert page.shape[1] == 400
+    assert not page[:200].any()
+    for color_rgb in ((200, 10, 20), (30, 40, 250)):
+        assert (page[200:] == color_rgb[::-1]).all(axis=-1).sum() > 50
+
+
+def test_a_single_line_of_the_log_is_seen_in_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"step": 5, "terms": {"ce": 1.0}, "gradient_norm": {"ce": 0.1}, "alpha": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    figures: list[Any] = []
+    monkeypatch.setattr(tracking, "save_figure", lambda figure, path: figures.append(figure))
+    plot_curves(tmp_path)
+    assert [line.get_marker() for axis in figures[0].axes[:2] for line in axis.lines] == [".", "."]
 
 
 def test_memory_that_nobody_wrote_does_not_get_into_the_weights(

@@ -31,8 +31,6 @@ from aicsd_deploy.runs import new_run_folder
 
 with needed_packages():
     from aicsd_deploy.config import DistillConfig, add_config_flags, read_config
-    from aicsd_deploy.models import command_for
-    from aicsd_deploy.recipes import distill
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(DistillConfig, args)
     out = args.out or new_run_folder(f"{config.model}-{config.method}")
     keep_apart(args.json, out / "best.pt", out / "last.pt", Path(config.teacher or ""))
+    # Only now, since importing torch and torchvision takes seconds: wrong flags are told at once.
+    from aicsd_deploy.models import command_for
+    from aicsd_deploy.recipes import distill
+
     summary = distill(config, out, resume=resume)
     write_result(summary, args.json)
     if summary["teacher"] is not None:

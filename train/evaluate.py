@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", metavar="SPEC", help=f"{SPEC_HELP} (default: what the artefact was trained on)")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
-    add_runtime_flags(parser, threads="CPU threads for the network")
+    add_runtime_flags(parser, threads="CPU threads for the network (default: as the runtime chooses)")
     protocol = parser.add_argument_group("protocol of papers (checkpoints only)")
     protocol.add_argument("--native", action="store_true", help="show images at their own size")
     protocol.add_argument("--window", type=size_hw, metavar="HxW", help="in overlapping windows of this size, averaged")

@@ -26,9 +26,7 @@ from aicsd_deploy.runs import new_run_folder
 with needed_packages():
     from aicsd_deploy.config import DistillConfig, add_config_flags, read_config
     from aicsd_deploy.data.spec import open_dataset
-    from aicsd_deploy.study.cells import StudyConfig, run_study
-    from aicsd_deploy.study.plots import draw_strip, plot_study
-    from aicsd_deploy.study.results import summarize, to_markdown
+    from aicsd_deploy.study.config import StudyConfig
 
 
 def names(text: str) -> list[str]:
@@ -57,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = read_config(StudyConfig, args)
     out = args.out or new_run_folder("study")
+    # Only now, since importing torch and torchvision takes seconds: wrong flags are told at once.
+    from aicsd_deploy.study.cells import run_study
+    from aicsd_deploy.study.plots import draw_strip, plot_study
+    from aicsd_deploy.study.results import summarize, to_markdown
+
     study = summarize(config, run_study(config, out))
     page = to_markdown(study, shlex.join(["python", "train/study.py", *sys.argv[1:]]))
     write_json(out / "study.json", study)

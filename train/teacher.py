@@ -31,8 +31,6 @@ with needed_packages():
     from aicsd_deploy.config import TrainConfig, add_config_flags, read_config
     from aicsd_deploy.data.check import check_dataset, check_splits, write_overlays
     from aicsd_deploy.data.spec import open_dataset
-    from aicsd_deploy.models import command_for
-    from aicsd_deploy.recipes import train_teacher
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_splits(open_dataset(config.data, "train"), open_dataset(config.data, "val"))
         write_result(reports, args.json)
         return
+    # Only now, since importing torch and torchvision takes seconds: wrong flags are told at once.
+    from aicsd_deploy.models import command_for
+    from aicsd_deploy.recipes import train_teacher
+
     summary = train_teacher(config, out, resume=resume)
     write_result(summary, args.json)
     following = shlex.join(["python", "train/distill.py", "--data", config.data, "--teacher", str(out / "best.pt")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from math import floor, log10
+from math import ceil, floor, log10
 from statistics import median
 
 from aicsd_deploy.runtime.base import STAGES
@@ -208,7 +208,7 @@ def _ticks(low: float, high: float) -> list[float]:
     rough = (high - low) / 5
     power = 10.0 ** floor(log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first = floor(low / step) + 1
+    first = ceil(low / step)
     return [round(step * n, 10) for n in range(first, first + 12) if step * n <= high]
 
 

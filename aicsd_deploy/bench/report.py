@@ -125,6 +125,7 @@ def benchmark(
         "data": dataset.spec,
         "split": dataset.split,
         "reference": reference,
+        "class_colors_rgb": {c.name: list(c.color_rgb) for c in dataset.classes},
         "threads": threads,
         "artifacts": rows,
         "peak": {device: peak and asdict(peak) for device, peak in peaks.items()},

@@ -77,7 +77,7 @@ def to_html(report: dict[str, Any], pictures: Sequence[Picture]) -> str:
 
 
 def headline(report: dict[str, Any]) -> list[str]:
-    """Return, for every artefact but the reference, how much faster it is and what it lost."""
+    """Return, for every artefact but the reference, how much faster it is, with its 95 % interval, and what it lost."""
     rows, names = report["artifacts"], tables.names_of(report)
     reference = rows[report["reference"]]
     lines = []
@@ -85,11 +85,12 @@ def headline(report: dict[str, Any]) -> list[str]:
         if row is reference:
             continue
         ratio, points = reference["p50_ms"] / row["p50_ms"], 100 * (row["miou"] - reference["miou"])
+        low, high = (1 / share for share in reversed(row["p50_ratio_interval"]))
         before, now = reference["per_class_iou"], row["per_class_iou"]
         lost = [n for n in tables.losers_first(row, reference) if (now[n] or 0) - (before[n] or 0) < -0.01]
         invented = [n for n in now if (now[n] is None) != (before[n] is None)]
         lines.append(
-            f"{name} takes {tables.number(row['p50_ms'])} ms a frame, {ratio:.2f} times as fast as "
+            f"{name} takes {tables.number(row['p50_ms'])} ms a frame, {ratio:.2f} times ({low:.2f} to {high:.2f}) as fast as "
             f"{names[report['reference']]}, and {'gains' if points >= 0 else 'loses'} {abs(points):.2f} points of mIoU."
             + (f" It loses most in {', '.join(lost[:2])}." if lost else "")
             + (

@@ -164,7 +164,7 @@ def noise(report: dict[str, Any]) -> list[str]:
     """Return everything that makes the timings less than certain, in words."""
     found = [f"during the timing, {text}" for text in report["noise"]]
     for name, row in zip(names_of(report), report["artifacts"], strict=True):
-        found += [f"{name}: {text}" for text in row["noise"]]
+        found += [f"{name}: {', '.join(row['noise'])}"] if row["noise"] else []
     return found
 
 

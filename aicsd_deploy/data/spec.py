@@ -14,6 +14,7 @@ from aicsd_deploy.data.folder import open_folder
 from aicsd_deploy.data.synthetic import CLASSES, render_scene
 from aicsd_deploy.data.voc import open_voc, open_vocaug
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import plain_text
 
 _IN_FOLDERS: dict[str, Callable[[Path, str], SegmentationDataset]] = {
     "camvid": open_camvid,
@@ -37,10 +38,16 @@ def open_dataset(spec: str, split: str) -> SegmentationDataset:
         split: "train", "val" or "test".
 
     Raises:
-        InputError: there is no such data set or split, or its folder has another layout.
+        InputError: there is no such data set or split, its folder has another layout, or a name that no artefact may carry.
     """
     if split not in SPLITS:
         raise InputError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.")
+    try:
+        plain_text(spec)
+    except ValueError as error:
+        raise InputError(
+            f"The data set {error}, and what is trained on it names it: no command would open that. Rename the folder."
+        ) from None
     name, _, path = spec.partition(":")
     if name == "synthetic":
         try:

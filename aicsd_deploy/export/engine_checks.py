@@ -31,7 +31,8 @@ def require_fitting_graph(model: onnx.ModelProto, precision: Precision, path: Pa
     points = [initializers[node.input[2]] for node in pairs if len(node.input) > 2 and node.input[2] in initializers]
     kinds = {point.data_type for point in points}
     how = {
-        "int8": "Quantise it for TensorRT: python export/to_int8.py --target tensorrt",
+        "int8": "Quantise the float32 file for TensorRT: "
+        f"python export/to_int8.py {'FLOAT32.onnx' if pairs else path} --target tensorrt",
         "fp8": "This toolkit makes no float8 files; NVIDIA's Model Optimizer does",
     }[precision]
     wanted = {"int8": {TensorProto.INT8}, "fp8": {TensorProto.FLOAT8E4M3FN}}[precision]

@@ -144,7 +144,7 @@ def _at_least(model: onnx.ModelProto, opset: int, half: Half) -> onnx.ModelProto
     except Exception as error:  # a C++ exception without a class of its own
         raise InputError(
             f"This graph needs ONNX operator set {opset} for {half}, and cannot be lifted from set {found}: {error}. "
-            f"Export it with: python export/to_onnx.py --opset {opset}"
+            f"Export it with: python export/to_onnx.py CHECKPOINT.pt --opset {opset}"
         ) from error
     del lifted.metadata_props[:]
     lifted.metadata_props.extend(model.metadata_props)

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 from torch import nn
@@ -59,8 +60,8 @@ def build_model(
     if ":" in name:
         return load_callable(name, num_classes, from_artifact=from_artifact)
     raise InputError(
-        f"There is no network {name!r}. There are {', '.join(MODEL_NAMES)}; smp:ARCHITECTURE:ENCODER; and your own as "
-        "package.module:function."
+        f"There is no network {name!r}.{_meant(name, MODEL_NAMES)} There are {', '.join(MODEL_NAMES)}; "
+        "smp:ARCHITECTURE:ENCODER; and your own as package.module:function."
     )
 
 
@@ -77,13 +78,15 @@ def _from_smp(name: str, num_classes: int) -> nn.Module:
         raise MissingDependencyError(
             f"{name} needs segmentation_models_pytorch. Install it with: pip install 'aicsd-deploy[models]'"
         ) from error
+    if name.count(":") != 2:
+        raise InputError(f"{name!r} is not smp:ARCHITECTURE:ENCODER. Write, for example, smp:DeepLabV3Plus:resnet34.")
+    _, architecture, encoder = name.split(":")
     try:
-        _, architecture, encoder = name.split(":")
         model: nn.Module = smp.create_model(architecture, encoder, encoder_weights=None, classes=num_classes)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"segmentation_models_pytorch has no {name!r}: {error}. Write smp:DeepLabV3Plus:resnet34."
-        ) from error
+        meant = _meant(architecture.lower(), smp.MODEL_ARCHITECTURES_MAPPING)
+        meant = meant or _meant(encoder, smp.encoders.get_encoder_names())
+        raise InputError(f"segmentation_models_pytorch has no {name!r}.{meant} It says: {error.args[0]}.") from error
     # Its heads end in (convolution, upsampling, activation); what we need are the logits before the upsampling.
     head = getattr(model, "segmentation_head", None)
     if (
@@ -93,6 +96,11 @@ def _from_smp(name: str, num_classes: int) -> nn.Module:
     ):
         head[1] = nn.Identity()
     return model
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    nearest = [other for other in get_close_matches(name, list(known), 1, 0.8) if other != name]
+    return "".join(f" Did you mean {other}?" for other in nearest)
 
 
 def command_for(model: str, command: str) -> str:

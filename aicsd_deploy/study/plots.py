@@ -18,7 +18,7 @@ from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
 from aicsd_deploy.runtime.torch_backend import TorchBackend
 from aicsd_deploy.teachers import open_teacher
-from aicsd_deploy.tracking import picture_row, pyplot, save_figure
+from aicsd_deploy.tracking import picture_page, picture_row, pyplot, save_figure
 from aicsd_deploy.training.last import LAST
 from aicsd_deploy.video.overlay import Overlay
 
@@ -58,7 +58,7 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
         tiles |= {name: overlay.draw(frame.copy(), segment(backend, frame)) for name, backend in backends.items()}
         rows.append(picture_row(tiles, width=TILE_WIDTH, titled=not rows))
     path = out / "strip.png"
-    write_png(path, np.vstack(rows))
+    write_png(path, picture_page(rows, dataset.classes))
     return path
 
 
@@ -91,6 +91,7 @@ def _plot_curves(study: dict[str, Any], path: Path) -> Path:
             axis.fill_between(epochs, scores.min(axis=0), scores.max(axis=0), color=line.get_color(), alpha=0.12)
     if study["teacher"] is not None:
         axis.axhline(100 * study["teacher"]["miou"], linestyle="--", color="grey", label="teacher")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there is no epoch 0.96
     axis.set(xlabel="epoch", ylabel="val mIoU, %", title="mean over the seeds, and their range")
     axis.legend()
     return save_figure(figure, path)

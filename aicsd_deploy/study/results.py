@@ -11,7 +11,7 @@ from scipy import stats
 
 from aicsd_deploy.bench.environment import environment
 from aicsd_deploy.console import table
-from aicsd_deploy.study.cells import StudyConfig
+from aicsd_deploy.study.config import StudyConfig
 
 Cell = dict[str, Any]
 CONFIDENCE = 0.95
@@ -109,6 +109,7 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
             "",
             table(headers, rows),
             "",
+            *_collapsed(study["cells"]),
             "val mIoU: after the last epoch, mean ± standard deviation over the seeds. Gap closed: (method − CE) / (teacher − CE).",
             "− CE, − KD: mean difference of the cells of the same seed, in points, with its 95 % interval (Student's t).",
             "Time: wall-clock of a cell, checks and scoring included; of one that was stopped, only since it last went on.",
@@ -121,6 +122,23 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
             "",
         ]
     )
+
+
+def _collapsed(cells: Sequence[Cell]) -> list[str]:
+    """Return a warning where cells predict one class everywhere: those that do agree to the bit, as if methods were equal."""
+    seeds: dict[str, list[str]] = {}
+    for cell in cells:
+        known = [iou for iou in cell["per_class_iou"].values() if iou is not None]
+        if len(known) > 1 and sum(iou > 0 for iou in known) <= 1:
+            seeds.setdefault(cell["name"], []).append(str(cell["seed"]))
+    if not seeds:
+        return []
+    named = "; ".join(f"{name}, seed {', '.join(found)}" for name, found in seeds.items())
+    return [
+        f"**Collapsed to one class:** {named}. Scores of such cells, and differences from them, say nothing about a method: train "
+        "longer, or change the learning rate.",
+        "",
+    ]
 
 
 def _gap_closed(scores: list[float], ce: list[Cell] | None, teacher: dict[str, Any] | None) -> float | None:

@@ -39,6 +39,7 @@ def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [TEACHER, ONNX, "--rounds", 3, "--out", folder, "--reference", ONNX]
     result = call_script("demo/benchmark.py", *arguments, cwd=trained)
     assert result.returncode == 0, result.stderr
+    assert "MODEL_CARD.md (of student.onnx)\n" in result.stderr
     return folder
 
 
@@ -110,7 +111,7 @@ def test_all_files_show_the_numbers_of_the_json(made: Path, report: dict[str, An
     assert f"{100 * last['miou']:.2f}" in card
 
 
-def test_the_page_needs_no_network_and_holds_every_part(made: Path, report: dict[str, Any]) -> None:
+def test_the_page_needs_no_network_and_holds_every_part(made: Path, trained: Path, report: dict[str, Any]) -> None:
     text = (made / "report.html").read_text()
     page = Page(text)
     assert not [a for a in page.addresses if not a.startswith("data:image/jpeg;base64,")]
@@ -119,6 +120,11 @@ def test_the_page_needs_no_network_and_holds_every_part(made: Path, report: dict
     assert text.count("<svg viewBox") >= 3 + 1
     assert report["provenance"]["command"] in text.replace("&gt;", ">")
     assert "prefers-color-scheme: dark" in text
+    with open_backend(trained / ONNX, device="cpu") as backend:
+        classes = backend.metadata.classes
+    for seg_class in classes:
+        color = ",".join(map(str, seg_class.color_rgb))
+        assert f'background:rgb({color})"></i>{seg_class.name}</span>' in text, "the legend of the frames"
 
 
 def test_the_json_is_complete(report: dict[str, Any]) -> None:
@@ -268,8 +274,11 @@ def test_the_headline_says_what_is_lost_where_the_mean_gains() -> None:
         {"path": "s.pt", "p50_ms": 10, "miou": 0.52, "per_class_iou": {"a": 0.7, "b": 0.34, "c": None}},
         {"path": "q.pt", "p50_ms": 10, "miou": 0.33, "per_class_iou": {"a": 0.6, "b": 0.4, "c": 0.0}},
     ]
+    rows = [row | {"p50_ratio_interval": [0.4, 0.625]} for row in rows]
     student, quantised = headline({"artifacts": rows, "reference": 0})
-    assert student.endswith("2.00 times as fast as t.pt, and gains 2.00 points of mIoU. It loses most in b.")
+    assert student.endswith(
+        "2.00 times (1.60 to 2.50) as fast as t.pt, and gains 2.00 points of mIoU. It loses most in b."
+    )
     assert quantised.endswith(
         "loses 17.00 points of mIoU. Only one of the two predicts c, which no label has: that alone moves mIoU."
     )
@@ -348,6 +357,11 @@ def test_the_pareto_front_leaves_out_what_is_beaten_in_both() -> None:
     assert len(points.split()) == 2
 
 
+def test_the_scale_of_the_pareto_plot_begins_with_its_own_zero() -> None:
+    drawing = charts.pareto(["teacher", "collapsed"], [20, 10], [(19, 21), (9, 11)], [0.12, 0.001])
+    assert re.findall(r'text-anchor="end"[^>]*>(\d+)<', drawing) == ["0", "5", "10"]
+
+
 def test_a_wide_interval_is_in_the_pareto_plot_and_one_without_end_goes_on_in_an_arrow() -> None:
     drawing = charts.pareto(["a", "b"], [10, 20], [(0, 400), (12, 32)], [0.5, 0.6])  # of two rounds, say
     for kind in ("s0", "s1"):
@@ -393,7 +407,12 @@ def test_names_from_outside_do_not_become_markup(report: dict[str, Any], tmp_pat
 def test_noise_is_said(report: dict[str, Any]) -> None:
     noisy = json.loads(json.dumps(report))
     noisy["noise"] = ["other processes kept 1.0 cores busy"]
+    for row in noisy["artifacts"]:
+        row["noise"] = ["the median is uncertain by 9 %", "frames scatter by 30 % of their mean"]
     assert "Noisy run" in to_markdown(noisy)
+    _, first, second = tables.noise(noisy)
+    assert first == "best.pt: the median is uncertain by 9 %, frames scatter by 30 % of their mean"
+    assert second.startswith("student.onnx: the median")
     quiet = noisy | {"noise": [], "artifacts": [row | {"noise": []} for row in noisy["artifacts"]]}
     assert "Noisy run" not in to_markdown(quiet)
 

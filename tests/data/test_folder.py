@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import NETWORK, TINY, call_script
+from helpers import NETWORK, TINY, call_script, write_folder_dataset
 from PIL import Image
 
 from aicsd_deploy.data.check import check_dataset, write_overlays
@@ -38,6 +38,14 @@ def test_public_camvid_layout(tmp_path: Path) -> None:
     assert len(dataset.classes) == 11
     assert loaded[labels == 11].tolist() == [255] * 4
     assert (loaded[labels != 11] == labels[labels != 11]).all()
+
+
+@pytest.mark.parametrize("name", ["two\ttabs", "two\nlines"])
+def test_a_folder_whose_name_no_checkpoint_may_carry_is_refused(name: str, tmp_path: Path) -> None:
+    shutil.copytree(write_folder_dataset(tmp_path / "good"), tmp_path / name)
+    open_dataset(f"folder:{tmp_path / 'good'}", "val")
+    with pytest.raises(InputError, match=r"control characters.* Rename the folder"):
+        open_dataset(f"folder:{tmp_path / name}", "val")
 
 
 def test_camvid_in_its_original_colours(tmp_path: Path) -> None:

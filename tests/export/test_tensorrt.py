@@ -402,13 +402,13 @@ def test_asymmetric_int8_is_refused_with_the_reason(small: Path, tmp_path: Path)
     result = build(path, "--int8", "--reference", small.with_name("best.pt"), "-o", tmp_path / "s.plan", cwd=tmp_path)
     assert result.returncode == 2
     assert "asymmetrically" in result.stderr
-    assert "to_int8.py --target tensorrt" in result.stderr
+    assert "to_int8.py FLOAT32.onnx --target tensorrt" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     {
-        "int8 of a float file": (["--int8"], "not quantised"),
+        "int8 of a float file": (["--int8"], "net.onnx --target tensorrt"),
         "a card RTX has not": (["--target", "sm90"], "sm86"),
         "version": (["--version-compatible"], "not for TensorRT-RTX"),
         "hardware": (["--hardware-compatible"], "not for TensorRT-RTX"),

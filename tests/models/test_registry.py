@@ -89,6 +89,19 @@ def test_a_name_that_leads_to_no_network_is_refused(name: str) -> None:
         build_model(name, num_classes=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lraspp_mobilnetv2", "lraspp_mobilenetv2"),
+        ("smp:Segformr:resnet34", "segformer"),
+        ("smp:Segformer:resnt34", "resnet34"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(name: str, meant: str) -> None:
+    with pytest.raises(InputError, match=rf"Did you mean {meant}\?"):
+        build_model(name, num_classes=2)
+
+
 def test_code_named_by_a_file_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AICSD_TRUST", raising=False)
     with pytest.raises(InputError, match="AICSD_TRUST"):

@@ -308,3 +308,8 @@ def test_help_explains_every_flag(script: str, tmp_path: Path) -> None:
     for line, following in zip(text.splitlines(), [*text.splitlines()[1:], ""], strict=True):
         if line.startswith("  --"):
             assert "  " in line.strip() or following.startswith(" " * 20), f"{line!r} is not explained"
+
+
+def test_help_begins_with_what_every_training_is_given(tmp_path: Path) -> None:
+    flags = call_script("train/distill.py", "--help", cwd=tmp_path).stdout.partition("options:")[2]
+    assert flags.index("--teacher NAME") < flags.index("--optimizer")
