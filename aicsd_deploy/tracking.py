@@ -144,11 +144,9 @@ def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *,
     overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
     rows: list[UInt8Array] = []
     for index in evenly_spread(len(dataset), count):
-        image_rgb, labels = dataset.load(index)
-        frame = np.ascontiguousarray(image_rgb[..., ::-1])
-        predicted = segment(backend, frame)
+        frame, labels = dataset.load_bgr(index)
         tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
-        tiles["predicted"] = overlay.draw(frame.copy(), predicted)
+        tiles["predicted"] = overlay.draw(frame.copy(), segment(backend, frame))
         rows.append(picture_row(tiles, width=400, titled=not rows))
     write_png(path, np.vstack(rows))
     return path

@@ -50,6 +50,11 @@ class SegmentationDataset(ABC):
             InputError: a file is missing, damaged, of another size, or holds a label value that no class has.
         """
 
+    def load_bgr(self, index: int) -> LabelledImage:
+        """Read one image, blue, green, red, as OpenCV gives frames, and its labels; see `load`."""
+        image_rgb, labels = self.load(index)
+        return np.ascontiguousarray(image_rgb[..., ::-1]), labels
+
     def is_grey(self, index: int) -> bool:
         """Say whether the picture has one channel only, by the head of its file."""
         return False

@@ -11,7 +11,7 @@ from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
 from aicsd_deploy.errors import VerificationError
 from aicsd_deploy.runtime.base import Backend, UInt8Array
-from aicsd_deploy.runtime.frames import resize_image
+from aicsd_deploy.runtime.frames import as_input
 
 MIN_AGREEMENT = 0.995
 BATCH = 4
@@ -50,7 +50,7 @@ class Agreement:
 
 def frames_for_comparison(dataset: SegmentationDataset, *, count: int) -> list[UInt8Array]:
     """Return real frames, uint8 (H, W, 3) in blue, green, red, evenly spread over a data set."""
-    return [np.ascontiguousarray(dataset.load(i)[0][..., ::-1]) for i in evenly_spread(len(dataset), count)]
+    return [dataset.load_bgr(i)[0] for i in evenly_spread(len(dataset), count)]
 
 
 def compare(
@@ -70,9 +70,8 @@ def compare(
     alike, total = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
     by_size: dict[str, float] = {}
     for size in sizes or sizes_to_try(candidate):
-        frames = np.stack([resize_image(frame, size) for frame in frames_bgr])
-        if candidate.metadata.channel_order == "rgb":
-            frames = np.ascontiguousarray(frames[..., ::-1])
+        at_size = candidate.metadata.replace(image_size_hw=size)
+        frames = np.concatenate([as_input(frame, at_size) for frame in frames_bgr])
         expected = np.concatenate([reference.infer(frame[None]) for frame in frames])
         step = BATCH if "batch" in candidate.metadata.dynamic else 1
         found = np.concatenate([candidate.infer(frames[i : i + step]) for i in range(0, len(frames), step)])

@@ -52,8 +52,7 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
     overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
     rows: list[UInt8Array] = []
     for index in evenly_spread(len(dataset), count):
-        image_rgb, labels = dataset.load(index)
-        frame = np.ascontiguousarray(image_rgb[..., ::-1])
+        frame, labels = dataset.load_bgr(index)
         tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
         tiles |= {name: overlay.draw(frame.copy(), segment(backend, frame)) for name, backend in backends.items()}
         rows.append(picture_row(tiles, width=TILE_WIDTH, titled=not rows))
