@@ -38,6 +38,11 @@ class Agreement:
     largest_class: tuple[str, float]
     frames: int
 
+    @property
+    def worst_size(self) -> tuple[str, float]:
+        """The size at which they agree least, and the share of pixels there."""
+        return min(self.by_size.items(), key=lambda item: item[1])
+
     def say_if_it_proves_little(self) -> None:
         """Warn where nearly all pixels are of one class."""
         name, share = self.largest_class
@@ -87,7 +92,7 @@ def compare(
 def require_agreement(agreement: Agreement, *, what: str, minimum: float = MIN_AGREEMENT) -> None:
     """Raise VerificationError where any size agrees on fewer pixels than `minimum`, naming the worst classes."""
     agreement.say_if_it_proves_little()
-    worst_size, worst = min(agreement.by_size.items(), key=lambda item: item[1])
+    worst_size, worst = agreement.worst_size
     if worst >= minimum:
         return
     known = {name: share for name, share in agreement.by_class.items() if share is not None}
