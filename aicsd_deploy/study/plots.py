@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ def _plot_curves(study: dict[str, Any], path: Path) -> Path:
 def _plot_classes(study: dict[str, Any], path: Path) -> Path:
     plt = pyplot()
     base = study["methods"]["none"]["per_class_iou_mean"]
-    names: Sequence[str] = [n for n in study["methods"] if n != "none"]
+    names = [n for n in study["methods"] if n != "none"]
     gain = np.array(
         [[_gain(study["methods"][n]["per_class_iou_mean"][c], base[c]) for c in base] for n in names], dtype=np.float64
     )
