@@ -189,7 +189,7 @@ class Distiller:
         settings, labels_BHW = self.settings, batch.labels_BHW
         size = labels_BHW.shape[1:] if settings.distill_size == "full" else student.shape[2:]
         student, teacher = _resized(student, size), _resized(teacher, size)
-        labels = labels_at(labels_BHW, (size[0], size[1]))
+        labels = labels_at(labels_BHW, size)
         valid = labels != IGNORE_LABEL if settings.mask_ignored else torch.ones_like(labels, dtype=torch.bool)
         if settings.teacher_errors == "mask":
             valid = valid & ((teacher.argmax(dim=1) == labels) | (labels == IGNORE_LABEL))
@@ -294,7 +294,7 @@ def fair_share(batch: Batch, size_hw: Sequence[int]) -> Tensor | float:
 
 
 def _labelled_pixels(labels_BHW: Tensor, size_hw: Sequence[int]) -> Tensor:
-    return (labels_at(labels_BHW, (size_hw[0], size_hw[1])) != IGNORE_LABEL).sum()
+    return (labels_at(labels_BHW, size_hw) != IGNORE_LABEL).sum()
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
@@ -302,9 +302,9 @@ def _ordinary(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True)
 
 
-def labels_at(labels_BHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
+def labels_at(labels_BHW: Tensor, size_hw: Sequence[int]) -> Tensor:
     """Return the labels at another size, int64 (B, h, w), each that of the nearest pixel."""
-    return F.interpolate(labels_BHW.unsqueeze(1).float(), size=size_hw, mode="nearest-exact").squeeze(1).long()
+    return F.interpolate(labels_BHW.unsqueeze(1).float(), size=tuple(size_hw), mode="nearest-exact").squeeze(1).long()
 
 
 def classes_present(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_curves(folder: Path) -> Path:
+def plot_curves(folder: Path) -> None:
     """Draw loss terms, gradient norms, α and validation mIoU over the steps into curves.png."""
     plt = pyplot()
     lines = read_log(folder)
@@ -115,10 +115,10 @@ def plot_curves(folder: Path) -> Path:
         )
     axes[2].set(title="validation", xlabel="step", ylim=(0, 100))
     axes[2].legend()
-    return save_figure(figure, folder / "curves.png")
+    save_figure(figure, folder / "curves.png")
 
 
-def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...], path: Path) -> Path:
+def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...], path: Path) -> None:
     """Draw a confusion matrix, each row as shares of its true class."""
     plt = pyplot()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -136,10 +136,10 @@ def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...],
                 axis.text(
                     column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color
                 )
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *, count: int = 6) -> Path:
+def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *, count: int = 6) -> None:
     """Draw a page of validation images: picture, true labels, predicted labels, evenly spread over the data set."""
     overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
     rows: list[UInt8Array] = []
@@ -149,7 +149,6 @@ def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *,
         tiles["predicted"] = overlay.draw(frame.copy(), segment(backend, frame))
         rows.append(picture_row(tiles, width=400, titled=not rows))
     write_png(path, np.vstack(rows))
-    return path
 
 
 def picture_row(pictures: dict[str, UInt8Array], *, width: int, titled: bool) -> UInt8Array:

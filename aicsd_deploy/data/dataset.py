@@ -159,7 +159,7 @@ class CachedDataset(SegmentationDataset):
         self.dataset = dataset
         self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
         self._kept: dict[int, LabelledImage] = {}
-        self._room_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
         self.kept_bytes = 0
 
     @property
@@ -180,8 +180,7 @@ class CachedDataset(SegmentationDataset):
         if pair is None:
             pair = self.dataset.load(index)
             size = pair[0].nbytes + pair[1].nbytes
-            if size <= self._room_bytes:
-                self._room_bytes -= size
+            if self.kept_bytes + size <= self._limit_bytes:
                 self.kept_bytes += size
                 self._kept[index] = pair
         return pair
