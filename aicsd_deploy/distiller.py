@@ -53,24 +53,20 @@ class LossBreakdown:
         total: the weighted sum, a scalar with its gradient.
         terms: each term by name, before weighting.
         weights: what each term is multiplied with in `total`.
-        logits_BCHW: the student's logits.
+        anchor: where gradients of single terms are compared: the student's features for a method that works on those, else
+            its logits.
         alpha: α of ALW; None where the method has none.
-        anchor: where gradients of single terms are compared: the features for a method that works on those, else the logits.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     weights: dict[str, float]
-    logits_BCHW: Tensor
+    anchor: Tensor
     alpha: float | None = None
-    anchor: Tensor | None = None
 
     def gradient_norms(self) -> dict[str, float]:
-        """Return the norm of each weighted term's gradient at the student's logits (at its features: see `anchor`)."""
-        anchor = self.logits_BCHW if self.anchor is None else self.anchor
-        return {
-            name: abs(self.weights[name]) * _gradient_norm(term, anchor).item() for name, term in self.terms.items()
-        }
+        """Return the norm of each weighted term's gradient at the `anchor`."""
+        return {n: abs(self.weights[n]) * _gradient_norm(term, self.anchor).item() for n, term in self.terms.items()}
 
 
 class Distiller:
@@ -166,7 +162,7 @@ class Distiller:
         lambdas = self._lambdas(terms, anchor, step)
         weights, alpha = self._weights(lambdas, step, total_steps)
         total = torch.stack([terms[name].float() * weights[name] for name in terms]).sum()
-        return LossBreakdown(total, terms, weights, logits, alpha, anchor)
+        return LossBreakdown(total, terms, weights, anchor, alpha)
 
     def _teacher_logits(self, images_BCHW: Tensor) -> Tensor:
         assert self.teacher is not None

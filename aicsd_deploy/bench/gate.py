@@ -74,7 +74,7 @@ def read_baseline(path: Path) -> dict[str, Any]:
     """
     existing_file(path, "The baseline")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         version = int(report.get("schema_version", 1))
         rows = [(Path(row["path"]), row.items()) for row in report["artifacts"]]
         # Looked up only to find out whether they are there.
@@ -84,7 +84,7 @@ def read_baseline(path: Path) -> dict[str, Any]:
             f"{path} is no report.json of this toolkit ({error!r}). Give one that demo/benchmark.py wrote."
         ) from error
     refuse_newer(version, SCHEMA_VERSION, origin=path)
-    return report  # type: ignore[no-any-return]
+    return report
 
 
 def require_comparable(
