@@ -263,7 +263,7 @@ def _sum_up(
     scores = matrix.scores(checkpoint.metadata.class_names)
     plot_curves(out)
     plot_confusion(matrix.counts, val_data.classes, out / "confusion.png")
-    draw_overlays(backend, val_data, out / "overlays.png")
+    draw_overlays({"predicted": backend}, val_data, out / "overlays.png")
     summary = {
         **scores.to_dict(),
         "split": val_data.split,

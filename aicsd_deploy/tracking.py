@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +140,20 @@ def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...],
     save_figure(figure, path)
 
 
-def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *, count: int = 6) -> None:
-    """Draw a page of validation images: picture, true labels, predicted labels, evenly spread over the data set."""
+def draw_overlays(
+    backends: Mapping[str, Backend], dataset: SegmentationDataset, path: Path, *, width: int = 400, count: int = 6
+) -> None:
+    """Draw a page of images, evenly spread over a data set: frame, truth, then what each backend makes of it, by its title.
+
+    Each is drawn on `width` pixels.
+    """
     overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
     rows: list[UInt8Array] = []
     for index in evenly_spread(len(dataset), count):
         frame, labels = dataset.load_bgr(index)
         tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
-        tiles["predicted"] = overlay.draw(frame.copy(), segment(backend, frame))
-        rows.append(picture_row(tiles, width=400, titled=not rows))
+        tiles |= {title: overlay.draw(frame.copy(), segment(backend, frame)) for title, backend in backends.items()}
+        rows.append(picture_row(tiles, width=width, titled=not rows))
     write_png(path, np.vstack(rows))
 
 

@@ -10,20 +10,17 @@ import numpy as np
 import torch
 
 from aicsd_deploy.checkpoint import load_checkpoint
-from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
-from aicsd_deploy.files import write_png
+from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.metadata import Metadata
-from aicsd_deploy.runtime.base import Backend, UInt8Array
-from aicsd_deploy.runtime.frames import segment
-from aicsd_deploy.runtime.torch_backend import TorchBackend
+from aicsd_deploy.runtime.base import Backend
+from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device
 from aicsd_deploy.teachers import open_teacher
-from aicsd_deploy.tracking import picture_row, pyplot, save_figure
+from aicsd_deploy.tracking import draw_overlays, pyplot, save_figure
 from aicsd_deploy.training.last import LAST
-from aicsd_deploy.video.overlay import Overlay
 
 STRIP_METHODS = 4
 """With frame, truth and teacher, as many tiles as stay large enough to see something."""
-TILE_WIDTH = 320
+TILE_WIDTH, STRIP_IMAGES = 320, 4
 
 
 def plot_study(study: dict[str, Any], out: Path) -> list[Path]:
@@ -34,10 +31,10 @@ def plot_study(study: dict[str, Any], out: Path) -> list[Path]:
     return made
 
 
-def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *, count: int = 4) -> Path:
+def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path) -> Path:
     """Draw strip.png: rows of frame, truth, then what methods (of the first seed, see `strip_methods`) and the teacher make of it."""
     chosen = strip_methods(study["methods"])
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     backends: dict[str, Backend] = {}
     for name in chosen:
         checkpoint = load_checkpoint(out / "cells" / f"{name}-seed{study['seeds'][0]}" / LAST)
@@ -48,15 +45,8 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
         )
     if study["teacher"] is not None:
         backends["teacher"] = _teacher_backend(study, dataset, checkpoint.metadata, device)
-    overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
-    rows: list[UInt8Array] = []
-    for index in evenly_spread(len(dataset), count):
-        frame, labels = dataset.load_bgr(index)
-        tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
-        tiles |= {name: overlay.draw(frame.copy(), segment(backend, frame)) for name, backend in backends.items()}
-        rows.append(picture_row(tiles, width=TILE_WIDTH, titled=not rows))
     path = out / "strip.png"
-    write_png(path, np.vstack(rows))
+    draw_overlays(backends, dataset, path, width=TILE_WIDTH, count=STRIP_IMAGES)
     return path
 
 
