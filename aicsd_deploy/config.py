@@ -6,7 +6,7 @@ import argparse
 import types
 import typing
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -338,7 +338,7 @@ def add_config_flags(
         elif typing.get_origin(kind) is Literal:
             alone: dict[str, Any] = {"nargs": "?", "const": ON_ALONE[name]} if name in ON_ALONE else {}
             parser.add_argument(flag, choices=typing.get_args(kind), **alone, **options)
-        elif name in ("image_size", "crop_size"):
+        elif kind == tuple[int, int]:
             parser.add_argument(flag, type=size_hw, metavar="HxW", **options)
         elif typing.get_origin(kind) is tuple:
             parser.add_argument(flag, type=float, nargs=2, metavar=("LOW", "HIGH"), **options)
@@ -410,4 +410,4 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,20 @@ def say(text: str = "") -> None:
     """Print one line for the person at the terminal: to standard error, so that `--json -` keeps standard output clean."""
     if not _silent:
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Keep what is below an error and goes through these loggers ("" is the root) off the terminal."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

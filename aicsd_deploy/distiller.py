@@ -53,24 +53,20 @@ class LossBreakdown:
         total: the weighted sum, a scalar with its gradient.
         terms: each term by name, before weighting.
         weights: what each term is multiplied with in `total`.
-        logits_BCHW: the student's logits.
+        anchor: where gradients of single terms are compared: the student's features for a method that works on those, else
+            its logits.
         alpha: α of ALW; None where the method has none.
-        anchor: where gradients of single terms are compared: the features for a method that works on those, else the logits.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     weights: dict[str, float]
-    logits_BCHW: Tensor
+    anchor: Tensor
     alpha: float | None = None
-    anchor: Tensor | None = None
 
     def gradient_norms(self) -> dict[str, float]:
-        """Return the norm of each weighted term's gradient at the student's logits (at its features: see `anchor`)."""
-        anchor = self.logits_BCHW if self.anchor is None else self.anchor
-        return {
-            name: abs(self.weights[name]) * _gradient_norm(term, anchor).item() for name, term in self.terms.items()
-        }
+        """Return the norm of each weighted term's gradient at the `anchor`."""
+        return {n: abs(self.weights[n]) * _gradient_norm(term, self.anchor).item() for n, term in self.terms.items()}
 
 
 class Distiller:
@@ -168,7 +164,7 @@ class Distiller:
         lambdas = self._lambdas(terms, anchor, step)
         weights, alpha = self._weights(lambdas, step, total_steps)
         total = torch.stack([terms[name].float() * weights[name] for name in terms]).sum()
-        return LossBreakdown(total, terms, weights, logits, alpha, anchor)
+        return LossBreakdown(total, terms, weights, anchor, alpha)
 
     def _teacher_logits(self, images_BCHW: Tensor) -> Tensor:
         assert self.teacher is not None
@@ -191,7 +187,7 @@ class Distiller:
         settings, labels_BHW = self.settings, batch.labels_BHW
         size = labels_BHW.shape[1:] if settings.distill_size == "full" else student.shape[2:]
         student, teacher = _resized(student, size), _resized(teacher, size)
-        labels = labels_at(labels_BHW, (size[0], size[1]))
+        labels = labels_at(labels_BHW, size)
         valid = labels != IGNORE_LABEL if settings.mask_ignored else torch.ones_like(labels, dtype=torch.bool)
         if settings.teacher_errors == "mask":
             valid = valid & ((teacher.argmax(dim=1) == labels) | (labels == IGNORE_LABEL))
@@ -296,7 +292,7 @@ def fair_share(batch: Batch, size_hw: Sequence[int]) -> Tensor | float:
 
 
 def _labelled_pixels(labels_BHW: Tensor, size_hw: Sequence[int]) -> Tensor:
-    return (labels_at(labels_BHW, (size_hw[0], size_hw[1])) != IGNORE_LABEL).sum()
+    return (labels_at(labels_BHW, size_hw) != IGNORE_LABEL).sum()
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
@@ -304,9 +300,9 @@ def _ordinary(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True)
 
 
-def labels_at(labels_BHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
+def labels_at(labels_BHW: Tensor, size_hw: Sequence[int]) -> Tensor:
     """Return the labels at another size, int64 (B, h, w), each that of the nearest pixel."""
-    return F.interpolate(labels_BHW.unsqueeze(1).float(), size=size_hw, mode="nearest-exact").squeeze(1).long()
+    return F.interpolate(labels_BHW.unsqueeze(1).float(), size=tuple(size_hw), mode="nearest-exact").squeeze(1).long()
 
 
 def classes_present(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
-
 from aicsd_deploy.console import progress
 from aicsd_deploy.data.dataset import LabelledImage, SegmentationDataset
 from aicsd_deploy.errors import InputError
@@ -48,21 +46,21 @@ def evaluate(
     matrix = ConfusionMatrix(len(dataset.classes))
     indices = range(share[0], len(dataset), share[1])
     with progress(title, len(indices)) as advance:
-        for image_rgb, labels in _loaded(dataset, indices, readers=0 if backend.device == "cpu" else READERS):
-            matrix.add(segmenter(np.ascontiguousarray(image_rgb[..., ::-1])), labels)
+        for frame_bgr, labels in _loaded(dataset, indices, readers=0 if backend.device == "cpu" else READERS):
+            matrix.add(segmenter(frame_bgr), labels)
             advance()
     return matrix
 
 
 def _loaded(dataset: SegmentationDataset, indices: Sequence[int], *, readers: int) -> Iterator[LabelledImage]:
-    """Give images in order; up to `readers` more are being read meanwhile. With none, nothing takes cores from the network."""
+    """Give frames and labels in order; up to `readers` more are being read meanwhile. With none, nothing takes cores from the network."""
     if not readers:
-        yield from map(dataset.load, indices)
+        yield from map(dataset.load_bgr, indices)
         return
     ahead: deque[Future[LabelledImage]] = deque()
     with ThreadPoolExecutor(readers, thread_name_prefix="reader") as pool:
         for index in indices:
-            ahead.append(pool.submit(dataset.load, index))
+            ahead.append(pool.submit(dataset.load_bgr, index))
             if len(ahead) > readers:
                 yield ahead.popleft().result()
         while ahead:

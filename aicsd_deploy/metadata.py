@@ -90,12 +90,7 @@ class Metadata:
             InputError: `value`, which came from the file `origin`, is of another form or a newer version.
         """
         try:
-            version = int(value["schema_version"])
-            if version > SCHEMA_VERSION:
-                raise InputError(
-                    f"{origin} was written by a newer aicsd-deploy (metadata version {version}, this one reads up to "
-                    f"{SCHEMA_VERSION}). Update this installation."
-                )
+            refuse_newer(int(value["schema_version"]), SCHEMA_VERSION, origin=origin)
             classes = tuple(SegClass(str(c["name"]), _triple(c["color_rgb"], int)) for c in value["classes"])
             height, width = (int(v) for v in value["image_size_hw"])
             known = {f.name for f in dataclasses.fields(cls)}
@@ -122,22 +117,29 @@ class Metadata:
 
     @classmethod
     def from_onnx(cls, text: str | None, *, origin: Path | str) -> Metadata:
-        """Read what stands under `ONNX_KEY` in an ONNX file; None where that is missing, or the input and output are not ours."""
+        """Read the JSON form of `to_dict`, which stands under `ONNX_KEY` in an ONNX file; see `from_dict`.
+
+        Text is None where that is missing, or the input and output are not ours.
+        """
         if text is None:
             raise InputError(
                 f"{origin} was not exported by this toolkit: it has no aicsd-deploy metadata, or not one uint8 input and one output. "
                 "Export the checkpoint with export/to_onnx.py."
             )
-        return cls.from_json(text, origin=origin)
-
-    @classmethod
-    def from_json(cls, text: str, *, origin: Path | str) -> Metadata:
-        """Read the JSON form of `to_dict`; see `from_dict`."""
         try:
             value = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"The metadata in {origin} is damaged ({error}). Export the file again.") from error
         return cls.from_dict(value, origin=origin)
+
+
+def refuse_newer(version: int, newest: int, *, origin: Path | str) -> None:
+    """Raise InputError where the form of a file has a version above the newest one that this installation knows."""
+    if version > newest:
+        raise InputError(
+            f"{origin} was written by a newer aicsd-deploy (version {version}, this one reads up to {newest}). Update this "
+            "installation."
+        )
 
 
 def onnx_says(path: Path, key: str, value: str) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from aicsd_deploy.checkpoint import load_checkpoint
-from aicsd_deploy.config import DistillConfig, Method, TrainConfig
+from aicsd_deploy.config import DistillConfig, TrainConfig
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.data.check import check_dataset, check_splits
 from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
@@ -37,14 +37,10 @@ from aicsd_deploy.training.start import settled, start_from
 from aicsd_deploy.training.stopping import StopRequest
 from aicsd_deploy.training.validation import evaluate_together
 
-OF_THE_STUDENT = {"model", "init", "backbone_weights", "backbone_lr_factor"}
-"""Settings that a teacher which is trained on the way does not take over: its network is another one."""
-
 
 def train_teacher(config: TrainConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Train a network on labels alone and return its summary; see `_train` for what lies in `out`."""
-    config = settled(config, out)
-    return _train(config, out, role="teacher", method="none", teacher=None, resume=resume)
+    return _train(settled(config, out), out, teacher=None, resume=resume)
 
 
 def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -61,7 +57,7 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     out = distributed.from_main(out)
     asked, config = config, distributed.from_main(settled(config, out))
     if config.method == "none":
-        return _train(config, out, role="student", method="none", teacher=None, resume=resume)
+        return _train(config, out, teacher=None, resume=resume)
     own = out / "teacher"
     name, from_artifact = distributed.from_main(
         (config.teacher, False) if config.teacher else _teacher_of(out, own, config.data)
@@ -74,7 +70,7 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
         name = str(own / BEST)
         say(f"There is no teacher for {config.data} yet; training one first into {own}.")
         asked = asked.model_copy(update={"image_size": config.image_size})
-        train_teacher(TrainConfig(**settings_of_own_teacher(asked)), own, resume=True)
+        train_teacher(TrainConfig(**settings_for_teacher(asked)), own, resume=True)
     classes = listed(config.data, "val").classes
     teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
     say(f"teacher: {name} ({teacher.metadata.model})")
@@ -84,14 +80,18 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
             "warning: with two classes a row of the similarity matrix has one number, which length 1 makes 1 in student and "
             "teacher alike, so that the ICSD term is 0. Give --icsd-normalize none, and --balance 0.1 for its weight."
         )
-    return _train(config, out, role="student", method=config.method, teacher=teacher, resume=resume)
+    return _train(config, out, teacher=teacher, resume=resume)
 
 
-def settings_of_own_teacher(config: DistillConfig) -> dict[str, Any]:
-    """Return the settings of a teacher that is trained first: its student's, for pictures of the size that it will be shown."""
-    shared = {k: v for k, v in config.model_dump().items() if k in TrainConfig.model_fields and k not in OF_THE_STUDENT}
-    sizes = {k: scaled(shared[k], config.teacher_scale) for k in ("image_size", "crop_size") if shared[k] is not None}
-    return shared | sizes
+def settings_for_teacher(config: DistillConfig) -> dict[str, Any]:
+    """Return what a teacher that is trained on the way takes over: all but what goes with the student's network.
+
+    Its sizes are those of the pictures that it will be shown.
+    """
+    of_the_student = {"model", "init", "backbone_weights", "backbone_lr_factor"}
+    settings = config.model_dump(include=TrainConfig.model_fields.keys() - of_the_student)
+    sizes = {name: settings[name] for name in ("image_size", "crop_size") if settings[name] is not None}
+    return settings | {name: scaled(size_hw, config.teacher_scale) for name, size_hw in sizes.items()}
 
 
 def _teacher_of(out: Path, own: Path, data: str) -> tuple[str | None, bool]:
@@ -128,18 +128,11 @@ def open_checked(spec: str, cache_gib: float) -> tuple[SegmentationDataset, Segm
     return opened[0], opened[1]
 
 
-def _train(
-    config: TrainConfig,
-    out: Path,
-    *,
-    role: Literal["teacher", "student"],
-    method: Method,
-    teacher: Teacher | None,
-    resume: bool,
-) -> dict[str, Any]:
+def _train(config: TrainConfig, out: Path, *, teacher: Teacher | None, resume: bool) -> dict[str, Any]:
     """Train one network into `out`: best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, confusion.png, overlays.png
     and, when all is done, summary.json."""
     started = time.monotonic()
+    distilling = config if isinstance(config, DistillConfig) else None
     device = distributed.start(choose_device(config.device))
     out = distributed.from_main(out)
     if not resume and holds_a_run(out):
@@ -161,8 +154,8 @@ def _train(
             model=config.model,
             classes=train_data.classes,
             image_size_hw=_image_size(config, teacher, val_data),
-            role=role,
-            method=method,
+            role="teacher" if distilling is None else "student",
+            method="none" if distilling is None else distilling.method,
             data=config.data,
             provenance=provenance() | {"torch": torch.__version__},
         )
@@ -176,7 +169,7 @@ def _train(
         network.to(device)
         _try(network, metadata, config.crop_size, device)
         autocast = autocast_dtype(config.precision, device)
-        class_map = config.class_map if isinstance(config, DistillConfig) and teacher is not None else None
+        class_map = None if distilling is None else distilling.class_map
         identity = {
             "classes": metadata.class_names,
             "training images": len(train_data),
@@ -195,14 +188,14 @@ def _train(
         distiller = Distiller(
             nn.Sequential(Normalize(metadata), network).to(device),
             teacher_network,
-            config if isinstance(config, DistillConfig) else None,
+            distilling,
             epochs=config.epochs,
             image_size_hw=metadata.image_size_hw,
             known_classes=None if teacher is None else teacher.known_classes,
             autocast=autocast,
         )
-        if isinstance(config, DistillConfig) and config.qat != "off":
-            for name, low_high in imitate_int8(network, symmetric=config.qat == "tensorrt").items():
+        if distilling is not None and distilling.qat != "off":
+            for name, low_high in imitate_int8(network, symmetric=distilling.qat == "tensorrt").items():
                 distiller.state.register_buffer(name, low_high)
         Trainer(network, distiller, config, metadata, train_data, val_data, out, device, identity, stop).fit()
         summary = None
@@ -285,7 +278,7 @@ def _sum_up(
     scores = matrix.scores(checkpoint.metadata.class_names)
     plot_curves(out)
     plot_confusion(matrix.counts, val_data.classes, out / "confusion.png")
-    draw_overlays(backend, val_data, out / "overlays.png")
+    draw_overlays({"predicted": backend}, val_data, out / "overlays.png")
     summary = {
         **scores.to_dict(),
         "split": val_data.split,

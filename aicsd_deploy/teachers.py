@@ -23,11 +23,6 @@ from aicsd_deploy.metadata import Metadata, SegClass
 from aicsd_deploy.models.published import build_published, state_of_published
 from aicsd_deploy.models.registry import load_callable
 
-TEACHER_HELP = (
-    "a checkpoint of train/teacher.py; hf:NAME or hf:FOLDER (transformers); torchvision:NAME or torchvision:NAME:WEIGHTS.pth; "
-    "smp:FOLDER (save_pretrained of segmentation_models_pytorch); package.module:function; the paper's DeepLabV3+ checkpoint"
-)
-
 
 @dataclass(frozen=True)
 class Teacher:
@@ -64,7 +59,9 @@ def open_teacher(
     """Load a teacher and make it fit the student's classes.
 
     Args:
-        name: see `TEACHER_HELP`.
+        name: a checkpoint of train/teacher.py, or the paper's DeepLabV3+ checkpoint; hf:NAME or hf:FOLDER (transformers);
+            torchvision:NAME or torchvision:NAME:WEIGHTS.pth; smp:FOLDER (save_pretrained of segmentation_models_pytorch);
+            package.module:function.
         classes: the student's classes.
         class_map: a file that says which classes of the teacher are which of the student; see `match_classes`.
         from_artifact: the name was read from a file and not given by the user; see `build_model`.
@@ -120,8 +117,8 @@ class LogitsOf(nn.Module):
         return output
 
 
-def _plain_metadata(name: str, **changes: Any) -> Metadata:
-    return Metadata(model=name, classes=(), image_size_hw=(0, 0), role="teacher").replace(**changes)
+def _plain_metadata(name: str) -> Metadata:
+    return Metadata(model=name, classes=(), image_size_hw=(0, 0), role="teacher")
 
 
 def _from_file(path: Path) -> _Found:
@@ -278,11 +275,9 @@ def _from_smp(folder: str) -> _Found:
 @torch.no_grad()
 def _count_classes(network: nn.Module, name: str) -> int:
     try:
-        output = network.eval()(torch.zeros(1, 3, 128, 128))
+        output: Tensor = network.eval()(torch.zeros(1, 3, 128, 128))
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"The teacher {name} cannot take a 128x128 image: {first_line(error)}") from error
-    if not isinstance(output, Tensor) or output.ndim != 4:
-        raise InputError(f"The teacher {name} must give logits (B, C, h, w), not {type(output).__name__}.")
     if output.min() >= 0 and torch.allclose(output.sum(dim=1), torch.ones(())):
         raise InputError(
             f"The teacher {name} gives probabilities, but logits are compared here, and softmax of probabilities is nearly the "

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_curves(folder: Path) -> Path:
+def plot_curves(folder: Path) -> None:
     """Draw loss terms, gradient norms, α and validation mIoU over the steps into curves.png."""
     plt = pyplot()
     lines = read_log(folder)
@@ -121,10 +121,10 @@ def plot_curves(folder: Path) -> Path:
     axes[2].legend()
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # there is no step 4.8
-    return save_figure(figure, folder / "curves.png")
+    save_figure(figure, folder / "curves.png")
 
 
-def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...], path: Path) -> Path:
+def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...], path: Path) -> None:
     """Draw a confusion matrix, each row as shares of its true class."""
     plt = pyplot()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -142,22 +142,24 @@ def plot_confusion(counts: npt.NDArray[np.int64], classes: tuple[SegClass, ...],
                 axis.text(
                     column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color
                 )
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def draw_overlays(backend: Backend, dataset: SegmentationDataset, path: Path, *, count: int = 6) -> Path:
-    """Draw a page of validation images: picture, true labels, predicted labels, evenly spread over the data set."""
+def draw_overlays(
+    backends: Mapping[str, Backend], dataset: SegmentationDataset, path: Path, *, width: int = 400, count: int = 6
+) -> None:
+    """Draw a page of images, evenly spread over a data set: frame, truth, then what each backend makes of it, by its title.
+
+    Each is drawn on `width` pixels.
+    """
     overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
     rows: list[UInt8Array] = []
     for index in evenly_spread(len(dataset), count):
-        image_rgb, labels = dataset.load(index)
-        frame = np.ascontiguousarray(image_rgb[..., ::-1])
-        predicted = segment(backend, frame)
+        frame, labels = dataset.load_bgr(index)
         tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
-        tiles["predicted"] = overlay.draw(frame.copy(), predicted)
-        rows.append(picture_row(tiles, width=400, titled=not rows))
+        tiles |= {title: overlay.draw(frame.copy(), segment(backend, frame)) for title, backend in backends.items()}
+        rows.append(picture_row(tiles, width=width, titled=not rows))
     write_png(path, picture_page(rows, dataset.classes))
-    return path
 
 
 def picture_row(pictures: dict[str, UInt8Array], *, width: int, titled: bool) -> UInt8Array:

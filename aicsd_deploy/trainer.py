@@ -240,8 +240,9 @@ class Trainer:
         scores = matrix.scores(self.metadata.class_names)
         at.validated = at.step
         if self._log is not None:
-            constant = {"label_pixels"}  # summary.json has them
-            self._log.write(at.step, epoch=epoch, val={k: v for k, v in scores.to_dict().items() if k not in constant})
+            val = scores.to_dict()
+            del val["label_pixels"]  # they never change, and summary.json has them
+            self._log.write(at.step, epoch=epoch, val=val)
         if at.best is not None and scores.miou <= at.best:
             return
         at.best = scores.miou

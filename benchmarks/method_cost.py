@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -84,10 +85,6 @@ def kept_mib(forward: Callable[[], Tensor]) -> float:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         forward()
     return sum(blocks.values()) / 2**20
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def measure_step(batch: Batch, classes: int, rounds: int, device: torch.device) -> tuple[float, float]:

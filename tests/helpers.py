@@ -87,7 +87,7 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("speed", "step_ms")} for line in lines]
 
 
-def call_script(script: str, *arguments: object, cwd: Path, timeout: float = 0) -> subprocess.CompletedProcess[str]:
+def call_script(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run one of the commands inside this process, which saves the seconds that importing torch takes; else as `run_script`."""
     from aicsd_deploy.recipes import listed, open_checked
 

@@ -138,7 +138,7 @@ def test_metadata_survives_json() -> None:
     metadata = Metadata(
         "net", (SegClass("a", (1, 2, 3)), SegClass("b", (4, 5, 6))), (48, 64), dynamic=("batch",), scores={"miou": 0.5}
     )
-    assert Metadata.from_json(json.dumps(metadata.to_dict()), origin="x") == metadata
+    assert Metadata.from_onnx(json.dumps(metadata.to_dict()), origin="x") == metadata
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,9 @@ def test_wrong_metadata_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"x\.onnx"):
         Metadata.from_dict(value, origin="x.onnx")
     with pytest.raises(InputError, match=r"x\.onnx"):
-        Metadata.from_json("[1", origin="x.onnx")
+        Metadata.from_onnx("[1", origin="x.onnx")
     with pytest.raises(InputError, match=r"x\.onnx"):
-        Metadata.from_json("[" * 100_000, origin="x.onnx")
+        Metadata.from_onnx("[" * 100_000, origin="x.onnx")
 
 
 def test_a_run_folder_in_the_place_of_its_checkpoint_is_told_with_the_name(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed: cli says what is missing
 
@@ -49,7 +50,7 @@ def scales(text: str) -> tuple[float, ...]:
     return found
 
 
-def by_protocol(args: argparse.Namespace, backend: Backend) -> Segmenter:
+def by_protocol(args: argparse.Namespace, backend: Backend, protocol: dict[str, Any]) -> Segmenter:
     """Return what segments frames as the flags of the protocol say."""
     if args.artifact is None or args.artifact.suffix != ".pt":
         raise InputError(
@@ -60,9 +61,8 @@ def by_protocol(args: argparse.Namespace, backend: Backend) -> Segmenter:
     from aicsd_deploy.protocol import Protocol, ProtocolSegmenter
     from aicsd_deploy.runtime.torch_backend import choose_device
 
-    protocol = Protocol(native=args.native, window_hw=args.window, scales=args.scales, flip=args.flip)
     network = load_checkpoint(args.artifact).build()
-    return ProtocolSegmenter(network, backend.metadata, protocol, device=choose_device(args.device))
+    return ProtocolSegmenter(network, backend.metadata, Protocol(**protocol), device=choose_device(args.device))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,9 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"{backend.name} on {backend.device}, {dataset.spec} ({args.split}), {len(dataset)} images")
         segmenter, extra = None, {}
         if args.native or args.window or args.flip or args.scales != (1.0,):
-            segmenter = by_protocol(args, backend)
             used = {"native": args.native, "window_hw": args.window, "scales": args.scales, "flip": args.flip}
-            extra = {"protocol": used}
+            segmenter, extra = by_protocol(args, backend, used), {"protocol": used}
         scores = evaluate(backend, dataset, segmenter=segmenter).scores(backend.metadata.class_names)
     say(table(["class", "IoU, %"], [[name, percent(iou)] for name, iou in scores.per_class_iou.items()]))
     say(

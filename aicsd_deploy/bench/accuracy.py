@@ -53,8 +53,7 @@ def score_together(
     right = np.zeros((len(dataset), len(backends)))
     with progress("scoring", len(dataset)) as advance:
         for index in range(len(dataset)):
-            image_rgb, labels = dataset.load(index)
-            frame = np.ascontiguousarray(image_rgb[..., ::-1])
+            frame, labels = dataset.load_bgr(index)
             found = [segment(backend, frame) for backend in backends]
             counted = labels != IGNORE_LABEL
             total += labels.size

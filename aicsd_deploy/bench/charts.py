@@ -171,7 +171,7 @@ def class_bars(classes: Sequence[str], reference_iou: Sequence[float | None], io
         reference_iou: fractions of the reference, as a mark; None for a class that never occurs.
         iou: fractions of the artefact, as a bar.
     """
-    scale = (WIDTH - _LEFT - 130) * 1.0
+    scale = WIDTH - _LEFT - 130
     parts = []
     for row, (name, before, now) in enumerate(zip(classes, reference_iou, iou, strict=True)):
         top = 24 * row + 4

@@ -38,9 +38,10 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    flags = " ".join(cpuinfo("flags", "Features")[:1]).split()
     return {
-        "cpu": _cpu_name(),
-        "cpu_features": _cpu_features(),
+        "cpu": next(iter(cpuinfo("model name")), "") or platform.processor() or platform.machine(),
+        "cpu_features": [name for name in CPU_FEATURES if name in flags],
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": _gpu_names(),
@@ -51,23 +52,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _cpu_features() -> list[str]:
+def cpuinfo(*keys: str) -> list[str]:
+    """Return what /proc/cpuinfo says under any of some keys, core by core; nothing where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    return [name for name in CPU_FEATURES if name in flags]
+    return [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() in keys]
 
 
 def _gpu_names() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -48,7 +47,7 @@ def measure_footprint(path: Path, *, device: str, threads: int | None, memory: s
     """Load an artefact in a process of its own and see what it takes."""
     command = [sys.executable, "-m", __spec__.name, str(path), device, str(threads or 0), memory]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=dict(os.environ))
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         return Footprint(**json.loads(answer.stdout.splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError, TypeError):
         return Footprint()
@@ -78,16 +77,20 @@ def _take_up(path: Path, device: str, threads: int | None, memory: str) -> Footp
         backend.infer(frame)
         start_s = time.perf_counter() - start
         backend.infer(frame)
-    return Footprint(_most_memory_mb(), start_s)
+    peak_bytes = peak_resident_bytes()
+    return Footprint(None if peak_bytes is None else peak_bytes / 1e6, start_s)
 
 
-def _most_memory_mb() -> float | None:
-    """Return the peak of the resident set; not from getrusage, whose figure a process inherits from its parent on Linux."""
+def peak_resident_bytes() -> int | None:
+    """Return the peak of this process's resident set; None where the system does not tell.
+
+    Not from getrusage, whose figure a process inherits from its parent on Linux.
+    """
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith("VmHWM")), None)
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), None)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from aicsd_deploy.bench.report import SCHEMA_VERSION
 from aicsd_deploy.bench.tables import short_names
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.files import existing_file
+from aicsd_deploy.metadata import refuse_newer
 
 _RULE = re.compile(
     r"\s*(?P<metric>\w+)\s*(?P<sign>[<>])\s*(?:(?P<ratio>\d+(?:\.\d+)?)\s*x|(?P<limit>[+-]?\d+(?:\.\d+)?))\s*"
@@ -73,7 +74,7 @@ def read_baseline(path: Path) -> dict[str, Any]:
     """
     existing_file(path, "The baseline")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         version = int(report.get("schema_version", 1))
         rows = [(Path(row["path"]), row.items()) for row in report["artifacts"]]
         # Looked up only to find out whether they are there.
@@ -82,12 +83,8 @@ def read_baseline(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is no report.json of this toolkit ({error!r}). Give one that demo/benchmark.py wrote."
         ) from error
-    if version > SCHEMA_VERSION:
-        raise InputError(
-            f"{path} was written by a newer aicsd-deploy (report version {version}, this one reads up to {SCHEMA_VERSION}). "
-            "Update this installation."
-        )
-    return report  # type: ignore[no-any-return]
+    refuse_newer(version, SCHEMA_VERSION, origin=path)
+    return report
 
 
 def require_comparable(
@@ -148,13 +145,7 @@ def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Se
             value, before = row[rule.metric], partner[rule.metric]
             found = rule.measured(value, before)
             broken = found > rule.limit if rule.above else found < rule.limit
-            shown = (
-                f"{found:.3f}x"
-                if rule.kind == "ratio"
-                else f"{found:+.4g}"
-                if rule.kind == "difference"
-                else f"{found:.4g}"
-            )
+            shown = {"ratio": f"{found:.3f}x", "difference": f"{found:+.4g}", "value": f"{found:.4g}"}[rule.kind]
             line = f"{name}: {rule.metric} {before:.4g} -> {value:.4g} ({shown}; fails if {rule.text})"
             (failed if broken else passed).append(line)
     if failed:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from aicsd_deploy.console import progress
 from aicsd_deploy.runtime.base import Backend, UInt8Array
-from aicsd_deploy.runtime.frames import resize_image
+from aicsd_deploy.runtime.frames import as_input
 
 STABLE = 0.05
 """Warm-up ends when two windows of frames have medians that differ by less than this part."""
@@ -178,10 +178,7 @@ def measure_latency(
 
 def prepare_frames(backend: Backend, frames_bgr: Sequence[UInt8Array]) -> list[UInt8Array]:
     """Return the frames as a backend takes them: its size, its channel order, one to a batch."""
-    frames = [resize_image(frame, backend.metadata.image_size_hw) for frame in frames_bgr]
-    if backend.metadata.channel_order == "rgb":
-        frames = [frame[..., ::-1] for frame in frames]
-    return [np.ascontiguousarray(frame)[None] for frame in frames]
+    return [as_input(frame, backend.metadata) for frame in frames_bgr]
 
 
 def _warm_up(backend: Backend, frames: Sequence[UInt8Array]) -> tuple[int, bool]:

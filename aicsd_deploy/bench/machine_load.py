@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from aicsd_deploy.bench.environment import cpuinfo
+
 BUSY_OTHERS, STOLEN = 0.1, 0.02
 
 
@@ -69,8 +71,4 @@ def _own_seconds() -> float:
 
 
 def _mhz() -> float | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return max((float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")), default=None)
+    return max(map(float, cpuinfo("cpu MHz")), default=None)

@@ -16,12 +16,10 @@ def onnx_work(path: Path) -> Work:
     import onnx  # a device that runs artefacts need not have it
 
     model = onnx.load(path)
-    text = next(entry.value for entry in model.metadata_props if entry.key == ONNX_KEY)
-    height, width = Metadata.from_json(text, origin=path).image_size_hw
-    for axis, size in enumerate(
-        (1, height, width, 3)
-    ):  # where batch or size are free, one frame of the file's own size
-        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    text = next((entry.value for entry in model.metadata_props if entry.key == ONNX_KEY), None)
+    frame_NHWC = (1, *Metadata.from_onnx(text, origin=path).image_size_hw, 3)
+    for dim, extent in zip(model.graph.input[0].type.tensor_type.shape.dim, frame_NHWC, strict=True):
+        dim.dim_value = extent  # also where batch or size are free
     del model.graph.value_info[:]
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}

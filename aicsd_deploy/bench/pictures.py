@@ -46,8 +46,7 @@ def draw_frames(
         if i == reference:
             continue
         for kind, index in (("worst", accuracy.worst_frame), ("typical", accuracy.typical_frame)):
-            image_rgb, labels = dataset.load(index)
-            frame_bgr = np.ascontiguousarray(image_rgb[..., ::-1])
+            frame_bgr, labels = dataset.load_bgr(index)
             before, now = segment(backends[reference], frame_bgr), segment(backend, frame_bgr)
             layers = {"labels": labels, "reference": before, "artefact": now}
             panels = {title: _jpeg(overlay.draw(frame_bgr.copy(), layer)) for title, layer in layers.items()}

@@ -90,23 +90,22 @@ def benchmark(
                 work, throughput = count_work(path), measure_throughput(backend, prepared)
                 stages_ms = backend.time_stages([prepared[i % len(prepared)] for i in range(STAGE_FRAMES)])
                 seconds = latency.p50_ms / 1000
-                row: dict[str, Any] = {"path": str(path), **accuracy.scores.to_dict(), "agreement": accuracy.agreement}
-                row |= {
+                row = {
+                    "path": str(path),
+                    **accuracy.scores.to_dict(),
+                    "agreement": accuracy.agreement,
                     "worst_frame": dataset.name(accuracy.worst_frame),
                     "typical_frame": dataset.name(accuracy.typical_frame),
-                }
-                row |= asdict(latency) | {"stages_ms": stages_ms, "throughput": asdict(throughput)}
-                row["throughput"]["fps_by_batch"] = {str(k): v for k, v in throughput.fps_by_batch.items()}
-                row |= {
+                    **asdict(latency),
+                    "stages_ms": stages_ms,
+                    "throughput": asdict(throughput) | {"fps_by_batch": {str(k): v for k, v in throughput.fps_by_batch.items()}},
                     "p50_ratio": latency.p50_ms / latencies[reference].p50_ms,
                     "p50_ratio_interval": ratio_interval(latency.rounds_ms, latencies[reference].rounds_ms),
-                }
-                row |= asdict(work) | asdict(measure_footprint(path, **how))
-                row |= {
+                    **asdict(work),
+                    **asdict(measure_footprint(path, **how)),
                     "compute_share": peak and work.gflops and work.gflops / seconds / peak.gflops,
                     "bandwidth_share": peak and work.traffic_mb and work.traffic_mb / 1e3 / seconds / peak.bandwidth_gbs,
-                    "loadgen": loadgen_s
-                    and run_loadgen(backend, prepared, seconds=loadgen_s, batch=throughput.best_batch),
+                    "loadgen": loadgen_s and run_loadgen(backend, prepared, seconds=loadgen_s, batch=throughput.best_batch),
                     "runtime": backend.name,
                     "device": backend.device,
                     "precision": metadata.precision,

@@ -157,8 +157,7 @@ def write_overlays(dataset: SegmentationDataset, folder: Path, *, count: int = 6
     overlay = Overlay(dataset.classes, opacity=0.6)
     paths = []
     for index in evenly_spread(len(dataset), count):
-        image, labels = dataset.load(index)
-        frame = np.ascontiguousarray(image[..., ::-1])
+        frame, labels = dataset.load_bgr(index)
         picture = np.hstack([frame, overlay.draw(frame.copy(), labels)])
         path = folder / f"{dataset.split}_{dataset.name(index)}.png"
         write_png(path, picture)

@@ -50,6 +50,11 @@ class SegmentationDataset(ABC):
             InputError: a file is missing, damaged, of another size, or holds a label value that no class has.
         """
 
+    def load_bgr(self, index: int) -> LabelledImage:
+        """Read one image, blue, green, red, as OpenCV gives frames, and its labels; see `load`."""
+        image_rgb, labels = self.load(index)
+        return np.ascontiguousarray(image_rgb[..., ::-1]), labels
+
     def is_grey(self, index: int) -> bool:
         """Say whether the picture has one channel only, by the head of its file."""
         return False
@@ -154,7 +159,7 @@ class CachedDataset(SegmentationDataset):
         self.dataset = dataset
         self.classes, self.spec, self.split = dataset.classes, dataset.spec, dataset.split
         self._kept: dict[int, LabelledImage] = {}
-        self._room_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
         self.kept_bytes = 0
 
     @property
@@ -175,8 +180,7 @@ class CachedDataset(SegmentationDataset):
         if pair is None:
             pair = self.dataset.load(index)
             size = pair[0].nbytes + pair[1].nbytes
-            if size <= self._room_bytes:
-                self._room_bytes -= size
+            if self.kept_bytes + size <= self._limit_bytes:
                 self.kept_bytes += size
                 self._kept[index] = pair
         return pair

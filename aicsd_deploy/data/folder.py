@@ -102,13 +102,8 @@ def read_stems(path: Path) -> list[str] | None:
     """
     if not path.is_file():
         return None
-    stems = [
-        Path(line.strip()).name.rsplit(".", 1)[0]
-        if Path(line.strip()).suffix.lower() in IMAGE_SUFFIXES
-        else line.strip()
-        for line in _lines(path)
-        if line.strip()
-    ]
+    lines = [line.strip() for line in _lines(path) if line.strip()]
+    stems = [Path(line).stem if Path(line).suffix.lower() in IMAGE_SUFFIXES else line for line in lines]
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise InputError(f"{path} names {len(twice)} images twice, {twice[0]!r} for one. Leave each once.")

@@ -25,6 +25,8 @@ _IN_FOLDERS: dict[str, Callable[[Path, str], SegmentationDataset]] = {
 }
 SPEC_HELP = f"synthetic (or synthetic:HxW), {', '.join(f'{name}:PATH' for name in _IN_FOLDERS)}"
 SPLITS = ("train", "val", "test")
+_SCENES = {"train": range(600), "val": range(1_000_000, 1_000_120), "test": range(2_000_000, 2_000_120)}
+"""The seeds of the synthetic scenes by split."""
 DEFAULT_SIZE_HW = (96, 128)
 """Small enough that two CPU cores train on it in minutes."""
 
@@ -64,21 +66,20 @@ def open_dataset(spec: str, split: str) -> SegmentationDataset:
 
 
 class SyntheticDataset(SegmentationDataset):
-    """Procedural street scenes; the splits are disjoint ranges of seeds."""
-
-    _seeds = {"train": range(600), "val": range(1_000_000, 1_000_120), "test": range(2_000_000, 2_000_120)}  # noqa: RUF012
+    """Procedural street scenes."""
 
     def __init__(self, split: str, size_hw: tuple[int, int], spec: str) -> None:
         self.classes = CLASSES
         self.spec = spec
         self.split = split
         self.size_hw = size_hw
+        self._seeds = _SCENES[split]
 
     def __len__(self) -> int:
-        return len(self._seeds[self.split])
+        return len(self._seeds)
 
     def name(self, index: int) -> str:
-        return f"scene_{self._seeds[self.split][index]:07d}"
+        return f"scene_{self._seeds[index]:07d}"
 
     def load(self, index: int) -> LabelledImage:
-        return render_scene(self._seeds[self.split][index], size_hw=self.size_hw)
+        return render_scene(self._seeds[index], size_hw=self.size_hw)

@@ -57,18 +57,13 @@ class Loss:
     iou_drop: dict[str, float | None]
 
     @property
-    def worst_size(self) -> tuple[str, float]:
-        """The size at which they agree least, and the share of pixels there."""
-        return min(self.agreement.by_size.items(), key=lambda item: item[1])
-
-    @property
     def miou_drop(self) -> float:
         """How far mIoU fell, in points of a hundred."""
         return 100 * (self.reference_miou - self.candidate_miou)
 
     def within(self, limits: Limits) -> bool:
         """Say whether no more was lost than is allowed."""
-        return self.worst_size[1] >= limits.agreement and self.miou_drop <= limits.miou_drop
+        return self.agreement.worst_size[1] >= limits.agreement and self.miou_drop <= limits.miou_drop
 
     def worst_classes(self, count: int = 3) -> list[str]:
         """Name the classes that lost most IoU."""
@@ -112,7 +107,7 @@ def require_within(loss: Loss, limits: Limits, *, what: str, layers: Sequence[st
     """Raise VerificationError where more was lost than is allowed, naming the worst classes and the layers given."""
     if loss.within(limits):
         return
-    size, share = loss.worst_size
+    size, share = loss.agreement.worst_size
     worst = f" Layers that add most error: {', '.join(layers)}." if layers else ""
     raise VerificationError(
         f"{what} does not do what the checkpoint does: at {size} they agree on {100 * share:.2f} % of the pixels (at least "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Collection
 from itertools import pairwise
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aicsd_deploy.checkpoint import Checkpoint
+from aicsd_deploy.console import quiet_loggers
 from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
@@ -43,7 +43,7 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
     # An example batch of 1 would be taken for a constant.
     frames = torch.zeros((2 if "batch" in metadata.dynamic else 1, height, width, 3), dtype=torch.uint8)
     try:
-        with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
+        with warnings.catch_warnings(), quiet_loggers("torch.onnx", "onnxscript"):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
@@ -71,8 +71,7 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
         raise InputError(
             f"Opset {opset} was asked for but PyTorch can only write {found} for this network. Use --opset {found}."
         )
-    entry = model.metadata_props.add()
-    entry.key, entry.value = ONNX_KEY, json.dumps(metadata.to_dict())
+    onnx.helper.set_model_props(model, {ONNX_KEY: json.dumps(metadata.to_dict())})
     onnx.checker.check_model(model)
     onnx.save_model(model, str(path))
 
@@ -100,19 +99,3 @@ def _dynamic_shapes(dynamic: Collection[str]) -> dict[int, torch.export.Dim] | N
         shapes[1] = torch.export.Dim("height", min=32, max=8192)
         shapes[2] = torch.export.Dim("width", min=32, max=8192)
     return shapes or None
-
-
-class _quiet:
-    """Keeps the exporter's notes about what it does off the terminal."""
-
-    def __init__(self, *loggers: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in loggers]
-
-    def __enter__(self) -> None:
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)

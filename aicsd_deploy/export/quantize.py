@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import json
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
+from aicsd_deploy.console import quiet_loggers
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.export.cpu_graph import (
     PIXEL_ZERO,
@@ -120,7 +120,8 @@ class Quantizer:
             import_openvino()  # the proof needs it: say so before anything takes time
         self.target, self._recipe = target, RECIPES[target]
         model = onnx.load(source)
-        self.metadata = _metadata(model, source)
+        text = next((entry.value for entry in model.metadata_props if entry.key == ONNX_KEY), None)
+        self.metadata = Metadata.from_onnx(text, origin=source)
         if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             raise InputError(f"{source} is quantised already. Give the float32 file that export/to_onnx.py wrote.")
         self._input = model.graph.input[0].name
@@ -155,7 +156,8 @@ class Quantizer:
             notes: what else the file's provenance is to say.
         """
         recipe = self._recipe
-        with _quiet():
+        # It prints, and advises to preprocess the graph, which fails on dynamic sizes.
+        with redirect_stdout(io.StringIO()), quiet_loggers(""):
             quantize_static(
                 self._source,
                 path,
@@ -179,7 +181,9 @@ class Quantizer:
             read_pixels_directly(model)
         made = {"int8_target": self.target, "int8_calibration": method, "int8_command": command_line()}
         provenance = self.metadata.provenance | notes | made
-        _set_metadata(model, self.metadata.replace(precision="int8", provenance=provenance))
+        metadata = self.metadata.replace(precision="int8", provenance=provenance)
+        others = {entry.key: entry.value for entry in model.metadata_props}
+        onnx.helper.set_model_props(model, others | {ONNX_KEY: json.dumps(metadata.to_dict())})
         onnx.checker.check_model(model)
         onnx.save_model(model, str(path))
 
@@ -200,28 +204,3 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has n
     def get_next(self) -> dict[str, UInt8Array] | None:
         frame = next(self._left, None)
         return None if frame is None else {self._name: frame}
-
-
-def _metadata(model: onnx.ModelProto, origin: Path) -> Metadata:
-    text = next((entry.value for entry in model.metadata_props if entry.key == ONNX_KEY), "")
-    return Metadata.from_json(text, origin=origin)
-
-
-def _set_metadata(model: onnx.ModelProto, metadata: Metadata) -> None:
-    for entry in [entry for entry in model.metadata_props if entry.key == ONNX_KEY]:
-        model.metadata_props.remove(entry)
-    entry = model.metadata_props.add()
-    entry.key, entry.value = ONNX_KEY, json.dumps(metadata.to_dict())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off the terminal what the quantiser prints, and its advice to preprocess the graph (which fails on dynamic sizes)."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,7 @@ def _stored(trt: Any, tensor: Any, made_by: dict[str, Any]) -> tuple[int, str] |
     while tensor is not None and tensor.name in made_by:
         layer = made_by[tensor.name]
         if layer.type == trt.LayerType.CONSTANT:
-            count = 1
-            for extent in tensor.shape:
-                count *= extent
-            return count, kind
+            return prod(tensor.shape), kind
         tensor = layer.get_input(0) if layer.num_inputs else None
         if tensor is not None and _name(tensor.dtype) in _QUANTISED:
             kind = _name(tensor.dtype)

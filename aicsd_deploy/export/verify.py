@@ -11,7 +11,7 @@ from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
 from aicsd_deploy.errors import VerificationError
 from aicsd_deploy.runtime.base import Backend, UInt8Array
-from aicsd_deploy.runtime.frames import resize_image
+from aicsd_deploy.runtime.frames import as_input
 
 MIN_AGREEMENT = 0.995
 BATCH = 4
@@ -38,6 +38,11 @@ class Agreement:
     largest_class: tuple[str, float]
     frames: int
 
+    @property
+    def worst_size(self) -> tuple[str, float]:
+        """The size at which they agree least, and the share of pixels there."""
+        return min(self.by_size.items(), key=lambda item: item[1])
+
     def say_if_it_proves_little(self) -> None:
         """Warn where nearly all pixels are of one class."""
         name, share = self.largest_class
@@ -50,7 +55,7 @@ class Agreement:
 
 def frames_for_comparison(dataset: SegmentationDataset, *, count: int) -> list[UInt8Array]:
     """Return real frames, uint8 (H, W, 3) in blue, green, red, evenly spread over a data set."""
-    return [np.ascontiguousarray(dataset.load(i)[0][..., ::-1]) for i in evenly_spread(len(dataset), count)]
+    return [dataset.load_bgr(i)[0] for i in evenly_spread(len(dataset), count)]
 
 
 def compare(
@@ -70,9 +75,8 @@ def compare(
     alike, total = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
     by_size: dict[str, float] = {}
     for size in sizes or sizes_to_try(candidate):
-        frames = np.stack([resize_image(frame, size) for frame in frames_bgr])
-        if candidate.metadata.channel_order == "rgb":
-            frames = np.ascontiguousarray(frames[..., ::-1])
+        at_size = candidate.metadata.replace(image_size_hw=size)
+        frames = np.concatenate([as_input(frame, at_size) for frame in frames_bgr])
         expected = np.concatenate([reference.infer(frame[None]) for frame in frames])
         step = BATCH if "batch" in candidate.metadata.dynamic else 1
         found = np.concatenate([candidate.infer(frames[i : i + step]) for i in range(0, len(frames), step)])
@@ -88,7 +92,7 @@ def compare(
 def require_agreement(agreement: Agreement, *, what: str, minimum: float = MIN_AGREEMENT) -> None:
     """Raise VerificationError where any size agrees on fewer pixels than `minimum`, naming the worst classes."""
     agreement.say_if_it_proves_little()
-    worst_size, worst = min(agreement.by_size.items(), key=lambda item: item[1])
+    worst_size, worst = agreement.worst_size
     if worst >= minimum:
         return
     known = {name: share for name, share in agreement.by_class.items() if share is not None}

@@ -24,8 +24,7 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         A scalar from 0 to 2, in at least float32.
     """
-    check_map(student)
-    check_map(teacher)
+    check_map(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         target = precise(teacher.detach()).square().sum(dim=1, keepdim=True)
         if target.shape[2:] != student.shape[2:]:

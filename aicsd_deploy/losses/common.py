@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 
-def check_pair(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> None:
-    """Raise ValueError unless both are (B, C, H, W) of one shape and the temperature is above 0."""
+def check_pair(student: Tensor, teacher: Tensor, *, temperature: float, valid: Tensor | None) -> None:
+    """Raise ValueError unless both are (B, C, H, W) of one shape, the temperature is above 0 and `valid` fits (`check_valid`)."""
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape")
     check_map(student)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
+    check_valid(valid, student)
 
 
-def check_map(values: Tensor) -> None:
-    """Raise ValueError unless `values` is (B, C, H, W)."""
-    if values.ndim != 4:
-        raise ValueError(f"logits and features must be (B, C, H, W), not {tuple(values.shape)}")
+def check_map(*maps: Tensor) -> None:
+    """Raise ValueError unless each is (B, C, H, W)."""
+    for values in maps:
+        if values.ndim != 4:
+            raise ValueError(f"logits and features must be (B, C, H, W), not {tuple(values.shape)}")
 
 
 def check_valid(valid: Tensor | None, values: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aicsd_deploy.losses.common import check_pair, check_valid, spatial_log_softmax
+from aicsd_deploy.losses.common import check_pair, spatial_log_softmax
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, valid: Tensor | None = None) -> Tensor:
@@ -23,8 +23,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, vali
     Returns:
         A scalar, 0 or more, in at least float32.
     """
-    check_pair(student, teacher, temperature=temperature)
-    check_valid(valid, student)
+    check_pair(student, teacher, temperature=temperature, valid=valid)
     with torch.autocast(student.device.type, enabled=False):
         log_student_BCN, _ = spatial_log_softmax(student, temperature=temperature, valid=valid)
         log_teacher_BCN, teacher_BCN = spatial_log_softmax(teacher.detach(), temperature=temperature, valid=valid)

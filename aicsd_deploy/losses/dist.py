@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aicsd_deploy.losses.common import check_pair, check_valid, precise
+from aicsd_deploy.losses.common import check_pair, precise
 
 EPS = 1e-8
 
@@ -37,8 +37,7 @@ def dist_loss(
     Returns:
         A scalar, 0 to 2 · (inter + intra) · T², in at least float32.
     """
-    check_pair(student, teacher, temperature=temperature)
-    check_valid(valid, student)
+    check_pair(student, teacher, temperature=temperature, valid=valid)
     with torch.autocast(student.device.type, enabled=False):
         s_NC, t_NC = (
             torch.softmax(precise(z) / temperature, dim=1).permute(0, 2, 3, 1).flatten(0, 2)

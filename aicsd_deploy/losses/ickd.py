@@ -26,8 +26,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         A scalar, 0 to 4, in at least float32.
     """
-    check_map(student)
-    check_map(teacher)
+    check_map(student, teacher)
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same batch and channels"

@@ -69,7 +69,7 @@ def icsd_loss(
         A scalar, 0 or more: the mean over images of the mean over the C × C entries (equation 3), or over those of the
         classes that count; 0 for an image where none does.
     """
-    check_pair(student, teacher, temperature=temperature)
+    check_pair(student, teacher, temperature=temperature, valid=valid)
     if normalize not in ("row", "none"):
         raise ValueError(f"normalize must be 'row' or 'none', not {normalize!r}")
     if classes is not None and (classes.shape != student.shape[:2] or classes.dtype != torch.bool):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aicsd_deploy.losses.common import check_pair, check_valid, precise
+from aicsd_deploy.losses.common import check_pair, precise
 
 
 def pixel_kd_loss(
@@ -33,8 +33,7 @@ def pixel_kd_loss(
     Returns:
         A scalar, 0 or more, in at least float32.
     """
-    check_pair(student, teacher, temperature=temperature)
-    check_valid(valid, student)
+    check_pair(student, teacher, temperature=temperature, valid=valid)
     with torch.autocast(student.device.type, enabled=False):
         log_student_BCHW = F.log_softmax(precise(student) / temperature, dim=1)
         log_teacher_BCHW = F.log_softmax(precise(teacher.detach()) / temperature, dim=1)

@@ -22,8 +22,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         A scalar, 0 to 4 / B, in at least float32. A batch of one image gives 0: there is nothing to compare.
     """
-    check_map(student)
-    check_map(teacher)
+    check_map(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         g_student, g_teacher = (
             F.normalize(q @ q.transpose(0, 1), dim=1, eps=1e-6)

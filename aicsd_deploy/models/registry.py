@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -17,21 +18,19 @@ from aicsd_deploy.models.deeplab import DeepLabV3Plus
 from aicsd_deploy.models.lraspp import LRASPP
 
 _BACKBONES: dict[str, Callable[..., Backbone]] = {
-    "resnet101": lambda weights: resnet(101, weights=weights),
-    "resnet50": lambda weights: resnet(50, weights=weights),
-    "resnet18": lambda weights: resnet(18, weights=weights),
-    "mobilenetv2": lambda weights: mobilenet_v2(weights=weights),
+    "resnet101": partial(resnet, 101),
+    "resnet50": partial(resnet, 50),
+    "resnet18": partial(resnet, 18),
+    "mobilenetv2": mobilenet_v2,
 }
 _HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {"deeplabv3plus": DeepLabV3Plus, "lraspp": LRASPP}
 MODEL_NAMES = tuple(f"{head}_{backbone}" for head in _HEADS for backbone in _BACKBONES)
-
-
 TRUST_VARIABLE = "AICSD_TRUST"
 _trusted: set[str] = set()
 
 
 def build_model(
-    name: str, *, num_classes: int, backbone_weights: Path | str | None = None, from_artifact: bool = False
+    name: str, *, num_classes: int, backbone_weights: Path | None = None, from_artifact: bool = False
 ) -> nn.Module:
     """Return a network that maps normalised images (B, 3, H, W) to logits (B, num_classes, h, w) at its own stride.
 
@@ -47,11 +46,10 @@ def build_model(
         InputError: there is no such network, the weights are of another one, or an artefact names code that is not trusted.
         MissingDependencyError: segmentation_models_pytorch is asked for and not installed.
     """
-    weights = None if backbone_weights is None else Path(backbone_weights)
     if name in MODEL_NAMES:
         head, backbone = name.split("_")
-        return _HEADS[head](_BACKBONES[backbone](weights=weights), num_classes)
-    if weights is not None:
+        return _HEADS[head](_BACKBONES[backbone](weights=backbone_weights), num_classes)
+    if backbone_weights is not None:
         raise InputError(
             f"--backbone-weights serves {', '.join(MODEL_NAMES)}; load the weights of {name} in its own code."
         )

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.files import existing_file, sha256, write_json
-from aicsd_deploy.metadata import Metadata
+from aicsd_deploy.metadata import Metadata, refuse_newer
 from aicsd_deploy.runtime.driver import Gpu
 from aicsd_deploy.runtime.tensorrt_module import NAMES, Flavor
 
@@ -112,11 +112,7 @@ def read_card(plan: Path) -> EngineCard:
         )
     try:
         value = json.loads(existing_file(path, "The engine's card").read_text(encoding="utf-8"))
-        if int(value["schema_version"]) > SCHEMA_VERSION:
-            raise InputError(
-                f"{path} was written by a newer aicsd-deploy (version {value['schema_version']}, this one reads up to "
-                f"{SCHEMA_VERSION}). Update this installation."
-            )
+        refuse_newer(int(value["schema_version"]), SCHEMA_VERSION, origin=path)
         card = EngineCard(
             plan_sha256=str(value["plan_sha256"]),
             onnx_sha256=str(value["onnx_sha256"]),

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from aicsd_deploy.bench.footprint import peak_resident_bytes
 from aicsd_deploy.config import DistillConfig, TrainConfig, validated
 from aicsd_deploy.console import say
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import write_json
 from aicsd_deploy.metadata import git_revision
-from aicsd_deploy.recipes import distill, settings_of_own_teacher, train_teacher
+from aicsd_deploy.recipes import distill, settings_for_teacher, train_teacher
 from aicsd_deploy.study.config import StudyConfig
 from aicsd_deploy.teachers import open_teacher
 from aicsd_deploy.tracking import read_log
@@ -59,7 +60,7 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
 
 def _own_teacher(config: StudyConfig, folder: Path) -> str:
     """Train the study's teacher, unless that is done. Raise InputError where it was trained by another recipe."""
-    wanted = validated(TrainConfig, settings_of_own_teacher(config) | config.teacher_recipe)
+    wanted = validated(TrainConfig, settings_for_teacher(config) | config.teacher_recipe)
     summary = folder / "summary.json"
     if summary.is_file():
         trained = json.loads(summary.read_text(encoding="utf-8"))["config"]
@@ -137,8 +138,5 @@ def _peak_memory_mib() -> float:
     """Return the peak since the last reset: of the GPU's memory where there is one, else of this process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10, 1)
-    except (OSError, StopIteration):
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+    peak_bytes = peak_resident_bytes() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak_bytes / 2**20, 1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, NonNegativeInt, field_validator
 
 from aicsd_deploy.config import DistillConfig, Method, validated
 from aicsd_deploy.errors import InputError
 
-METHODS: tuple[str, ...] = Method.__args__  # type: ignore[attr-defined]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 class StudyConfig(DistillConfig):

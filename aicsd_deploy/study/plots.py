@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,18 @@ import numpy as np
 import torch
 
 from aicsd_deploy.checkpoint import load_checkpoint
-from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
-from aicsd_deploy.files import write_png
+from aicsd_deploy.data.dataset import SegmentationDataset
+from aicsd_deploy.data.transforms import scaled
 from aicsd_deploy.metadata import Metadata
-from aicsd_deploy.runtime.base import Backend, UInt8Array
-from aicsd_deploy.runtime.frames import segment
-from aicsd_deploy.runtime.torch_backend import TorchBackend
+from aicsd_deploy.runtime.base import Backend
+from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device
 from aicsd_deploy.teachers import open_teacher
-from aicsd_deploy.tracking import picture_page, picture_row, pyplot, save_figure
+from aicsd_deploy.tracking import draw_overlays, pyplot, save_figure
 from aicsd_deploy.training.last import LAST
-from aicsd_deploy.video.overlay import Overlay
 
 STRIP_METHODS = 4
 """With frame, truth and teacher, as many tiles as stay large enough to see something."""
-TILE_WIDTH = 320
+TILE_WIDTH, STRIP_IMAGES = 320, 4
 
 
 def plot_study(study: dict[str, Any], out: Path) -> list[Path]:
@@ -35,10 +32,10 @@ def plot_study(study: dict[str, Any], out: Path) -> list[Path]:
     return made
 
 
-def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *, count: int = 4) -> Path:
+def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path) -> Path:
     """Draw strip.png: rows of frame, truth, then what methods (of the first seed, see `strip_methods`) and the teacher make of it."""
     chosen = strip_methods(study["methods"])
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     backends: dict[str, Backend] = {}
     for name in chosen:
         checkpoint = load_checkpoint(out / "cells" / f"{name}-seed{study['seeds'][0]}" / LAST)
@@ -49,16 +46,8 @@ def draw_strip(study: dict[str, Any], dataset: SegmentationDataset, out: Path, *
         )
     if study["teacher"] is not None:
         backends["teacher"] = _teacher_backend(study, dataset, checkpoint.metadata, device)
-    overlay = Overlay(dataset.classes, opacity=0.7, legend=False)
-    rows: list[UInt8Array] = []
-    for index in evenly_spread(len(dataset), count):
-        image_rgb, labels = dataset.load(index)
-        frame = np.ascontiguousarray(image_rgb[..., ::-1])
-        tiles = {"frame": frame, "truth": overlay.draw(frame.copy(), labels)}
-        tiles |= {name: overlay.draw(frame.copy(), segment(backend, frame)) for name, backend in backends.items()}
-        rows.append(picture_row(tiles, width=TILE_WIDTH, titled=not rows))
     path = out / "strip.png"
-    write_png(path, picture_page(rows, dataset.classes))
+    draw_overlays(backends, dataset, path, width=TILE_WIDTH, count=STRIP_IMAGES)
     return path
 
 
@@ -75,7 +64,8 @@ def _teacher_backend(
     teacher = open_teacher(
         study["teacher"]["path"], dataset.classes, class_map=None if class_map is None else Path(class_map)
     )
-    metadata = teacher.metadata.replace(image_size_hw=student.image_size_hw)
+    size_hw = scaled(student.image_size_hw, study["recipe"]["teacher_scale"])
+    metadata = teacher.metadata.replace(image_size_hw=size_hw)
     return TorchBackend(teacher.network, metadata, device=device)
 
 
@@ -100,7 +90,7 @@ def _plot_curves(study: dict[str, Any], path: Path) -> Path:
 def _plot_classes(study: dict[str, Any], path: Path) -> Path:
     plt = pyplot()
     base = study["methods"]["none"]["per_class_iou_mean"]
-    names: Sequence[str] = [n for n in study["methods"] if n != "none"]
+    names = [n for n in study["methods"] if n != "none"]
     gain = np.array(
         [[_gain(study["methods"][n]["per_class_iou_mean"][c], base[c]) for c in base] for n in names], dtype=np.float64
     )

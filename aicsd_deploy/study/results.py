@@ -10,7 +10,7 @@ from typing import Any
 from scipy import stats
 
 from aicsd_deploy.bench.environment import environment
-from aicsd_deploy.console import table
+from aicsd_deploy.console import percent, table
 from aicsd_deploy.study.config import StudyConfig
 
 Cell = dict[str, Any]
@@ -82,7 +82,7 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
         rows.append(
             [
                 name,
-                _points(m["miou_mean"]) + ("" if m["miou_sd"] is None else f" ± {_points(m['miou_sd'])}"),
+                percent(m["miou_mean"]) + ("" if m["miou_sd"] is None else f" ± {percent(m['miou_sd'])}"),
                 "–" if m["gap_closed"] is None else f"{100 * m['gap_closed']:.0f}",
                 _difference(m["minus_ce"]),
                 _difference(m["minus_kd"]),
@@ -104,7 +104,7 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
             "",
             f"Seeds {', '.join(map(str, study['seeds']))}; {study['epochs']} epoch{'' if study['epochs'] == 1 else 's'}"
             + ("" if size is None else f", networks working at {size[0]}x{size[1]}")
-            + ("" if teacher is None else f"; teacher {_points(teacher['miou'])} % at that size")
+            + ("" if teacher is None else f"; teacher {percent(teacher['miou'])} % at that size")
             + ". Every method has the same recipe, weights and order of images for a seed.",
             "",
             table(headers, rows),
@@ -155,10 +155,6 @@ def _per_class(group: Sequence[Cell]) -> dict[str, float | None]:
         known = [cell["per_class_iou"][name] for cell in group if cell["per_class_iou"][name] is not None]
         means[name] = statistics.mean(known) if known else None
     return means
-
-
-def _points(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
 
 
 def _difference(value: dict[str, Any] | None) -> str:

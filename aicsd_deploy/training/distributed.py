@@ -30,20 +30,17 @@ def start(device: torch.device) -> torch.device:
     Raises:
         InputError: there are more processes on this machine than GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # events, memory counters and pinned memory are those of the current GPU
-        return device
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise InputError(
-                f"Process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
-                "Give torchrun a smaller --nproc-per-node, or --device cpu."
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
+        if several:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if device.index >= torch.cuda.device_count():
+                raise InputError(
+                    f"Process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+                    "Give torchrun a smaller --nproc-per-node, or --device cpu."
+                )
+        torch.cuda.set_device(device)  # events, memory counters and pinned memory are those of the current GPU
+    if several and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))
         atexit.register(dist.destroy_process_group)

@@ -82,7 +82,8 @@ class TrainStep:
             held = distributed.gradients_held_back(self.loss.student) if number < len(parts) else nullcontext()
             with held:
                 breakdown = self.loss(part, step=step, total_steps=total)
-                norms += [breakdown.gradient_norms()] if logs else []
+                if logs:
+                    norms.append(breakdown.gradient_norms())
                 with phase("backward"):
                     self.scaler.scale(breakdown.total / len(parts)).backward()  # type: ignore[no-untyped-call]
             rows.append(

