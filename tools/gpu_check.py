@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -290,7 +290,9 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Any:
         finally:
             in_time = not process.is_alive()
             if not in_time and process.pid is not None:
-                os.killpg(process.pid, signal.SIGKILL)  # with its workers
+                process.kill()  # where it is still starting it leads no group
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with its workers
                 process.join()
         if not in_time:
             return {"error": f"not done after {LIMIT_S} s"}
