@@ -48,6 +48,8 @@ ON_ALONE = {"alw": "linear", "qat": "cpu"}
 """What a flag of several values means where it stands alone."""
 OF_LOGITS = ("temperature", "distill_size", "mask_ignored", "teacher_errors", "teacher_confidence")
 """Settings that say how logits are compared; methods that compare features have no use for them."""
+OF_A_TEACHER = ("teacher", "class_map", "teacher_scale")
+"""Settings about the teacher, which method "none" has no use for."""
 
 
 class TrainConfig(BaseModel):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aicsd_deploy.checkpoint import load_checkpoint
-from aicsd_deploy.config import DistillConfig, TrainConfig
+from aicsd_deploy.config import OF_A_TEACHER, DistillConfig, TrainConfig
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.data.check import check_dataset, check_splits
 from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
@@ -48,10 +48,9 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
 
     Without `config.teacher`, the newest teacher under runs/ for this data is taken, and one is trained if there is none.
     """
-    shown_larger = None if config.teacher_scale == 1 else config.teacher_scale
-    of_a_teacher = {"--teacher": config.teacher, "--class-map": config.class_map, "--teacher-scale": shown_larger}
-    for flag, value in of_a_teacher.items():
-        if config.method == "none" and value is not None:
+    for setting in OF_A_TEACHER:
+        if config.method == "none" and getattr(config, setting) != DistillConfig.model_fields[setting].default:
+            flag = "--" + setting.replace("_", "-")
             raise InputError(f"--method none learns from labels alone and takes no {flag}. Leave one of them out.")
     distributed.start(choose_device(config.device))
     out = distributed.from_main(out)
@@ -180,8 +179,8 @@ def _train(config: TrainConfig, out: Path, *, teacher: Teacher | None, resume: b
         }
         teacher_network, teacher_miou = None, None
         if teacher is not None:
-            assert isinstance(config, DistillConfig)
-            teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, config, device)
+            assert distilling is not None
+            teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, distilling, device)
             lowered(teacher_network, autocast)
             if config.compile:
                 teacher_network.compile()

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import Field, NonNegativeInt, field_validator
 
-from aicsd_deploy.config import DistillConfig, Method, validated
+from aicsd_deploy.config import OF_A_TEACHER, DistillConfig, Method, validated
 from aicsd_deploy.errors import InputError
 
 METHODS: tuple[str, ...] = get_args(Method)
@@ -49,5 +49,5 @@ class StudyConfig(DistillConfig):
         changes = self.variants.get(name, {"method": name})
         values = recipe | {"teacher": teacher} | changes | {"seed": seed}
         if values.get("method") == "none":
-            values |= {"teacher": None, "class_map": None, "teacher_scale": 1.0}
+            values = {k: v for k, v in values.items() if k not in OF_A_TEACHER}
         return validated(DistillConfig, values)
