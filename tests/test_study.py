@@ -220,6 +220,19 @@ def test_a_cell_counts_its_last_epoch_not_its_best(tmp_path: Path, monkeypatch: 
     assert summarize(StudyConfig(methods=["none"]), [cell])["methods"]["none"]["miou_mean"] == 0.6
 
 
+def test_the_gap_ends_at_the_teacher_as_the_method_shows_it(studied: Path) -> None:
+    found = json.loads((studied / "out/study.json").read_text())
+    scores = {"none": (0.3, None), "kd": (0.4, 0.5), "kd_larger": (0.4, 0.7)}
+    made = [
+        found["cells"][0] | {"name": name, "miou": miou, "teacher": teacher and {"path": "t.pt", "miou": teacher}}
+        for name, (miou, teacher) in scores.items()
+    ]
+    study = summarize(StudyConfig.model_validate(found["recipe"]), made)
+    gaps = {name: method["gap_closed"] for name, method in study["methods"].items()}
+    assert gaps == pytest.approx({"none": 0, "kd": 0.5, "kd_larger": 0.25})
+    assert "teacher 50.00 or 70.00 % at the size that it is shown" in to_markdown(study, "")
+
+
 def test_pairs_are_cells_of_the_same_seed_in_whatever_order_they_came() -> None:
     ours = [{"seed": 2, "miou": 0.72}, {"seed": 0, "miou": 0.51}, {"seed": 5, "miou": 0.9}]
     theirs = [{"seed": 0, "miou": 0.5}, {"seed": 1, "miou": 0.1}, {"seed": 2, "miou": 0.7}]

@@ -21,12 +21,13 @@ def summarize(config: StudyConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     """Return what `study.json` holds.
 
     The score of a cell is the validation mIoU after its last epoch: the best epoch would be chosen on the images it is scored
-    on. The gap that a method closes is (method - CE) / (teacher - CE), of the means.
+    on. The gap that a method closes is (method - CE) / (teacher - CE), of the means, where the teacher is scored at the size
+    that this method shows it.
     """
     by_name: dict[str, list[Cell]] = {}
     for cell in cells:
         by_name.setdefault(cell["name"], []).append(cell)
-    teacher = next((cell["teacher"] for cell in cells if cell["teacher"] is not None), None)
+    teacher = _teacher(cells)
     methods = {}
     for name, group in by_name.items():
         scores = [cell["miou"] for cell in group]
@@ -34,7 +35,7 @@ def summarize(config: StudyConfig, cells: Sequence[Cell]) -> dict[str, Any]:
             "miou_mean": statistics.mean(scores),
             "miou_sd": statistics.stdev(scores) if len(scores) > 1 else None,
             "best_miou_mean": statistics.mean(cell["best_miou"] for cell in group),
-            "gap_closed": _gap_closed(scores, by_name.get("none"), teacher),
+            "gap_closed": _gap_closed(scores, by_name.get("none"), _teacher(group) or teacher),
             "minus_ce": paired_difference(group, by_name.get("none", [])) if name != "none" else None,
             "minus_kd": paired_difference(group, by_name.get("kd", [])) if name not in ("none", "kd") else None,
             "per_class_iou_mean": _per_class(group),
@@ -76,7 +77,7 @@ def paired_difference(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str,
 
 def to_markdown(study: dict[str, Any], command: str) -> str:
     """Return `study.md`: the table, what the columns mean, the command and the machine."""
-    teacher = study["teacher"]
+    shown = dict.fromkeys(percent(cell["teacher"]["miou"]) for cell in study["cells"] if cell["teacher"] is not None)
     rows = []
     for name, m in study["methods"].items():
         rows.append(
@@ -104,7 +105,7 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
             "",
             f"Seeds {', '.join(map(str, study['seeds']))}; {study['epochs']} epoch{'' if study['epochs'] == 1 else 's'}"
             + ("" if size is None else f", networks working at {size[0]}x{size[1]}")
-            + ("" if teacher is None else f"; teacher {percent(teacher['miou'])} % at that size")
+            + ("" if not shown else f"; teacher {' or '.join(shown)} % at the size that it is shown")
             + ". Every method has the same recipe, weights and order of images for a seed.",
             "",
             table(headers, rows),
@@ -139,6 +140,10 @@ def _collapsed(cells: Sequence[Cell]) -> list[str]:
         "longer, or change the learning rate.",
         "",
     ]
+
+
+def _teacher(cells: Sequence[Cell]) -> dict[str, Any] | None:
+    return next((cell["teacher"] for cell in cells if cell["teacher"] is not None), None)
 
 
 def _gap_closed(scores: list[float], ce: list[Cell] | None, teacher: dict[str, Any] | None) -> float | None:
