@@ -124,17 +124,7 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
     if not options.profiles and metadata.dynamic:
         options = dataclasses.replace(options, profiles=(usual_profile(metadata),))
     require_fitting_profiles(options.profiles, metadata)
-    graph = runnable = model
-    float32_nodes: dict[str, str] = {}
-    half = HALVES.get(request.precision)
-    if half is not None:
-        calibration = _calibration_frames(open_dataset(request.data or metadata.data, "train"), metadata)
-        float32_nodes = nodes_to_keep(model, half, calibration)
-        lowered = to_half(model, half, keep=float32_nodes)
-        graph = runnable = lowered.model
-        if half == "bf16":  # ONNX Runtime has no bfloat16 kernels for the CPU
-            runnable = to_half(model, half, keep=float32_nodes, emulate=True).model
-        _say_kept(float32_nodes, len(lowered.low), half)
+    graph, runnable, float32_nodes = _lowered(model, metadata, request)
     engine = build_engine(graph, request.flavor, options)
     _say_precision(engine.precision)
     gpu = _gpu_for(request.flavor, options.targets)
@@ -169,6 +159,26 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
         card = dataclasses.replace(card, gate=_gate(loss, limits, what, reference_path, validation.spec))
         card.write(card_path(out))
     return card
+
+
+def _lowered(
+    model: onnx.ModelProto, metadata: Metadata, request: Request
+) -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, str]]:
+    """Return the graph to build, the same as ONNX Runtime can run it, and the nodes that stay in float32, with the reasons."""
+    half = HALVES.get(request.precision)
+    if half is None:
+        return model, model, {}
+    calibration = _calibration_frames(open_dataset(request.data or metadata.data, "train"), metadata)
+    kept = nodes_to_keep(model, half, calibration)
+    lowered = to_half(model, half, keep=kept)
+    if kept:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in kept.items())
+        say(
+            f"{len(kept)} of {len(kept) + len(lowered.low)} nodes stay in float32, since {half} cannot hold them:\n{listed}"
+        )
+    # ONNX Runtime has no bfloat16 kernels for the CPU.
+    runnable = to_half(model, half, keep=kept, emulate=True).model if half == "bf16" else lowered.model
+    return lowered.model, runnable, kept
 
 
 def find_checkpoint(onnx_path: Path, metadata: Metadata) -> Path | None:
@@ -253,12 +263,6 @@ def _gate(loss: Loss, limits: Limits, what: str, reference: Path, data: str) -> 
         "iou_drop": loss.iou_drop,
         "limits": asdict(limits),
     }
-
-
-def _say_kept(kept: dict[str, str], low: int, precision: str) -> None:
-    if kept:
-        listed = "\n".join(f"  {name}: {reason}" for name, reason in kept.items())
-        say(f"{len(kept)} of {len(kept) + low} nodes stay in float32, since {precision} cannot hold them:\n{listed}")
 
 
 def _say_precision(found: PrecisionFound) -> None:
