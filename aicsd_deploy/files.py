@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where a file cannot grow: no room on the disk, none left to the user, or too large for its file system."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -137,7 +138,7 @@ def existing_file(path: Path | str, what: str) -> Path:
     """Return `path` if it is a file that is not empty; `what` names it in the message.
 
     Raises:
-        InputError: there is no such file, it is a folder, or it is empty.
+        InputError: there is no such file, it is a folder, it is empty, or Git LFS has not fetched it.
     """
     path = Path(path)
     if path.is_dir():
@@ -153,6 +154,11 @@ def existing_file(path: Path | str, what: str) -> Path:
         raise InputError(
             f"{what} {path} is empty (0 bytes). It was probably cut off when it was written; make it again."
         )
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(
+                f"{what} {path} is a pointer of Git LFS, which has not fetched the file itself. Run: git lfs pull"
+            )
     return path
 
 

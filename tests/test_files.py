@@ -181,6 +181,12 @@ def test_a_name_that_is_nearly_right_is_told_with_the_right_one(tmp_path: Path) 
     assert "mean" not in str(caught.value)
 
 
+def test_a_file_that_git_lfs_has_not_fetched_is_told_with_the_way_to_it(tmp_path: Path) -> None:
+    (tmp_path / "student.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(InputError, match="git lfs pull"):
+        existing_file(tmp_path / "student.onnx", "The artefact")
+
+
 def test_progress_goes_on_from_where_a_run_stood(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("training", 80, done=79) as advance:
         advance()

@@ -61,7 +61,8 @@ class OpenVinoBackend(Backend):
             compiled = self._core.compile_model(self._model, "CPU", self._settings)
         except Exception as error:  # its errors share no base class
             raise InputError(
-                f"{path} is no ONNX file that OpenVINO {openvino.__version__} can load, or it is damaged: {_reason(error)}"
+                f"{path} is no ONNX file that OpenVINO {openvino.__version__} can load, or it is damaged: "
+                f"{_reason(error).rstrip('.')}. Export or copy it again."
             ) from error
         self.metadata = _read_metadata(self._model, path)
         self.name, self.device = "openvino CPU", "cpu"

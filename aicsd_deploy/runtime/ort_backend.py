@@ -48,7 +48,7 @@ class OrtBackend(Backend):
         except Exception as error:  # its errors share no base class
             raise InputError(
                 f"{path} is no ONNX file that ONNX Runtime {ort.__version__} can load, or it is damaged: "
-                f"{first_line(error)}"
+                f"{first_line(error).rstrip('.')}. Export or copy it again."
             ) from error
         self._assert_provider(device)
         self.metadata = _read_metadata(self._session, path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import atomic_path, check_writable, write_png, write_text
+from aicsd_deploy.files import atomic_path, check_writable, make_readable, write_png, write_text
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sinks import Sink
@@ -69,7 +71,8 @@ class RleSink(Sink):
     """A file with a line of JSON per frame: its number, time, size and, per class in it, the pixels as run lengths.
 
     The run lengths are COCO's uncompressed ones: column by column, the number of pixels outside, inside, outside, … the
-    class, so that pycocotools.mask.frPyObjects reads `{"size": …, "counts": …}`.
+    class, so that pycocotools.mask.frPyObjects reads `{"size": …, "counts": …}`. If the work fails midway, the lines until
+    then are kept as NAME.partial.jsonl.
     """
 
     wants_overlay = False
@@ -85,21 +88,32 @@ class RleSink(Sink):
             InputError: it cannot be written.
         """
         with ExitStack() as opened:
-            temporary = opened.enter_context(atomic_path(self.path))
-            self._file: TextIO = opened.enter_context(temporary.open("w", encoding="utf-8"))
+            self._temporary = opened.enter_context(atomic_path(self.path))
+            self._file = opened.enter_context(self._temporary.open("wb"))
             self._opened = opened.pop_all()
-        self._frames = 0
+        self._whole_bytes = 0
         return self
 
     def write(self, frame: Frame) -> bool:
         assert frame.labels is not None
-        self._frames += 1
         line = {"frame": frame.index, "time_s": round(frame.time_s, 6), **run_lengths(frame.labels, self._names)}
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+        self._whole_bytes = self._file.tell()
         return True
 
     def close(self, error: BaseException | None) -> None:
-        unfinished = error or (None if self._frames else InputError("no frame was written"))
+        if isinstance(error, KeyboardInterrupt):  # the user ends it
+            error = None
+        unfinished = error or (None if self._whole_bytes else InputError("no frame was written"))
+        if error is not None and self._whole_bytes:
+            with suppress(OSError):  # what is left of a line that the disk had no room for
+                self._file.close()
+            os.truncate(self._temporary, self._whole_bytes)
+            make_readable(self._temporary)
+            partial = self.path.with_suffix(f".partial{self.path.suffix}")
+            self._temporary.replace(partial)
+            say(f"The frames until the error are kept in {partial}")
         self._opened.__exit__(type(unfinished) if unfinished else None, unfinished, None)
 
 

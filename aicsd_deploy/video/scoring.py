@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aicsd_deploy.console import say
-from aicsd_deploy.data.dataset import read_mask
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
 from aicsd_deploy.metrics import ConfusionMatrix
@@ -131,6 +130,8 @@ def true_labels(spec: str, split: str, classes: tuple[SegClass, ...]) -> tuple[C
 
 
 def _masks_in(folder: Path, num_classes: int) -> tuple[Callable[[int], UInt8Array], int]:
+    from aicsd_deploy.data.dataset import read_mask  # here, so that a video without labels needs no Pillow
+
     paths = in_order(folder, (".png",))
     if not paths:
         raise InputError(f"{folder} holds no label maps (.png).")

@@ -167,7 +167,9 @@ class Launched:
         except InputError as error:
             said = self._complaint()
             self.close()
-            raise InputError(f"The GStreamer pipeline gives no video: {said or error}") from error
+            raise InputError(
+                f"The GStreamer pipeline gives no video: {(said or str(error)).rstrip('.')}. Write it as for gst-launch-1.0, without a sink."
+            ) from error
 
     def failure(self) -> str | None:
         """Return what broke, once its pictures have ended; None where that was the end of the stream."""

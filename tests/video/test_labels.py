@@ -133,11 +133,20 @@ def test_a_line_of_json_per_frame(tmp_path: Path) -> None:
     assert json.loads(line) == {"frame": 0, "time_s": 0.0, "size": [2, 3], "classes": {"bright": [0, 6]}}
 
 
-def test_an_error_leaves_no_half_json(tmp_path: Path) -> None:
+def test_an_error_keeps_the_lines_until_then_under_another_name(tmp_path: Path) -> None:
+    frames = frames_of(*[np.ones((2, 3), np.uint8)] * 9)
+    with room_for_files(180), pytest.raises(OSError, match=r"too large: .*labels\.jsonl"):
+        write_all(RleSink(tmp_path / "labels.jsonl", CLASSES), frames)
+    (partial,) = tmp_path.iterdir()
+    assert partial.name == "labels.partial.jsonl"
+    assert [json.loads(line)["frame"] for line in partial.read_text().splitlines()] == [0, 1]
+
+
+def test_ctrl_c_keeps_the_lines_under_their_name(tmp_path: Path) -> None:
     sink = RleSink(tmp_path / "labels.jsonl", CLASSES).open(Numbered(1))
     sink.write(frames_of(np.ones((2, 3), np.uint8))[0])
-    sink.close(RuntimeError("broke"))
-    assert list(tmp_path.iterdir()) == []
+    sink.close(KeyboardInterrupt())
+    assert [p.name for p in tmp_path.iterdir()] == ["labels.jsonl"]
 
 
 @pytest.mark.parametrize(("kind", "name"), [(RleSink, "labels.jsonl"), (PngSink, "classes.txt")])

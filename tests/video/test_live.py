@@ -510,7 +510,7 @@ def test_a_gstreamer_pipeline(sink: str) -> None:
 def test_a_gstreamer_pipeline_of_odd_sizes(size_hw: tuple[int, int]) -> None:
     height, width = size_hw
     caps = f"video/x-raw,format=I420,width={width},height={height},framerate=30/1"  # whose rows GStreamer pads
-    with open_source(f"videotestsrc is-live=true num-buffers=9 pattern=white ! {caps}") as source:
+    with open_source(f"videotestsrc is-live=true num-buffers=45 pattern=white ! {caps}") as source:
         frames = within(20, lambda: list(source))
     assert source.size_hw == (height, width // 2 * 2)
     assert len(frames) > 1
@@ -593,7 +593,7 @@ started.wait(30)
 
 @has_gstreamer
 def test_a_gstreamer_pipeline_that_is_wrong_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="nosuchsrc"):
+    with pytest.raises(InputError, match=r"nosuchsrc.*without a sink"):
         open_source("nosuchsrc ! videoconvert")
     with pytest.raises(InputError, match="No closing quotation"):
         open_source("videotestsrc pattern='ball ! videoconvert")

@@ -257,6 +257,15 @@ def test_a_page_in_chromium(browser: Browser, sink: PreviewSink) -> None:
 
     sink.write(picture(140))
     until(lambda: "140 at 5.6 s" in browser.run("return document.getElementById('figures').textContent"))
+    browser.run(
+        "document.body.style.width = '390px'; document.getElementById('source').textContent = 'a_long_name/'.repeat(9)"
+    )
+    assert browser.run("return document.getElementById('state').offsetHeight") < 30, "the state breaks within a word"
+    assert (
+        browser.run("return document.querySelector('aside').offsetWidth / document.getElementById('stage').offsetWidth")
+        == 1
+    )
+
     of_the_page = [c for c in browser.complaints() if "will-read-frequently" not in c["message"]]  # that is this test
     assert of_the_page == []
 
