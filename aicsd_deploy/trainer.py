@@ -68,7 +68,8 @@ class Trainer:
         """Train to the end, from the newest saved state if there is one.
 
         Raises:
-            InputError: the saved state belongs to a run with other settings; or the batch cannot be shared out.
+            InputError: the saved state belongs to a run with other settings, or another process goes on with it now; or the
+                batch cannot be shared out.
             AicsdError: the loss is no longer a number, the memory or the disk is full, or a worker died.
             Preempted: the run was asked to stop, and has saved its state.
         """
@@ -76,13 +77,17 @@ class Trainer:
         self._total = self.config.epochs * self._per_epoch
         self._check_parts()
         self._prepare()
-        if self._at.step >= self._total and self._at.validated == self._at.step:
-            say(f"{self.out}: already trained to the end ({self._total} steps).")
-            return
         with ExitStack() as stack:
-            self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step) if self._main else None
+            finished = self._at.step >= self._total and self._at.validated == self._at.step
+            writes = self._main and not finished
+            self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step) if writes else None
             if self._log is not None:
                 stack.callback(self._log.close)
+            if self._main:
+                self._last.clear()
+            if finished:
+                say(f"{self.out}: already trained to the end ({self._total} steps).")
+                return
             stack.enter_context(self.stop.held())
             try:
                 self._loop()

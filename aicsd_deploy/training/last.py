@@ -28,8 +28,6 @@ class LastCheckpoints:
             InputError: there are states, and all of them are damaged or of something else than a training; or there is none
                 beside a best.pt, which a run that starts anew would overwrite.
         """
-        for leftover in self.folder.glob(".*.tmp*"):  # of a write that was killed
-            leftover.unlink(missing_ok=True)  # another process may have been quicker
         last = self.folder / LAST
         for path in [*([last] if last.exists() else []), *reversed(self._older())]:
             try:
@@ -63,6 +61,11 @@ class LastCheckpoints:
                 path.unlink()
         for path in self._older()[: 1 - self.keep or None]:
             path.unlink()
+
+    def clear(self) -> None:
+        """Remove what writes that were killed have left; only while no other process writes here."""
+        for leftover in self.folder.glob(".*.tmp*"):
+            leftover.unlink()
 
     def _named(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.pt"
