@@ -24,7 +24,7 @@ from aicsd_deploy.models.checkpointing import checkpoint_activations
 from aicsd_deploy.runtime.torch_backend import TorchBackend
 from aicsd_deploy.tracking import RunLog
 from aicsd_deploy.training import distributed
-from aicsd_deploy.training.last import BEST, LAST, LastCheckpoints
+from aicsd_deploy.training.last import BEST, LAST, LastCheckpoints, is_whole
 from aicsd_deploy.training.precision import autocast_dtype, avoid_wrong_gradients
 from aicsd_deploy.training.resume import check_same_run
 from aicsd_deploy.training.step import Loss, TrainStep
@@ -283,3 +283,6 @@ class Trainer:
         self._step.load_state_dict(state)
         self._at = Position(**{name: state[name] for name in vars(self._at)})
         say(f"{self.out}: going on from step {self._at.step}.")
+        if self._at.best is not None and distributed.from_main(self._main and not is_whole(self.out / BEST)):
+            say(f"warning: {self.out / BEST} is gone or damaged; the next validation makes it anew.")
+            self._at.best, self._at.validated = None, 0

@@ -79,6 +79,15 @@ def holds_a_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, BEST)) or any(folder.glob("step-*.pt"))
 
 
+def is_whole(path: Path) -> bool:
+    """Return whether there is a checkpoint that can be loaded."""
+    try:
+        load_checkpoint(path)
+    except InputError:
+        return False
+    return True
+
+
 def _also_named(path: Path, name: Path) -> None:
     """Give a file a second name; on a file system without hard links, which has only one, that one."""
     name.unlink(missing_ok=True)
