@@ -77,19 +77,19 @@ class Trainer:
         self._total = self.config.epochs * self._per_epoch
         self._check_parts()
         self._prepare()
-        with ExitStack() as stack:
-            finished = self._at.step >= self._total and self._at.validated == self._at.step
-            writes = self._main and not finished
-            self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step) if writes else None
-            if self._log is not None:
-                stack.callback(self._log.close)
+        if self._at.step >= self._total and self._at.validated == self._at.step:
             if self._main:
                 self._last.clear()
-            if finished:
-                say(f"{self.out}: already trained to the end ({self._total} steps).")
-                return
+            say(f"{self.out}: already trained to the end ({self._total} steps).")
+            return
+        self._log: RunLog | None = None
+        with ExitStack() as stack:
             stack.enter_context(self.stop.held())
             try:
+                if self._main:
+                    self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step)
+                    stack.callback(self._log.close)
+                    self._last.clear()
                 self._loop()
             except Preempted as reason:
                 self._save()
@@ -100,9 +100,9 @@ class Trainer:
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise
+                kept = f"Its {LAST} is whole. " if (self.out / LAST).exists() else ""
                 raise AicsdError(
-                    f"{self.out} cannot be written to: {error.strerror}. Its {LAST} is whole. Make room, then go on with "
-                    "--resume auto."
+                    f"{self.out} cannot be written to: {error.strerror}. {kept}Make room, then go on with --resume auto."
                 ) from error
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):

@@ -184,6 +184,17 @@ def test_a_disk_that_is_full_when_a_line_is_logged(code: int, work: Path) -> Non
     assert_same(work, out)
 
 
+def test_a_disk_that_is_full_when_the_log_is_opened(work: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(DISK_FULL[0], os.strerror(DISK_FULL[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+        result = call_script("train/distill.py", *RUN, "--out", "unopened", cwd=work)
+    assert result.returncode == 2
+    assert "unopened cannot be written to: No space left on device. Make room" in result.stderr
+
+
 def test_quantisation_aware_training_is_resumed_with_its_ranges(work: Path) -> None:
     qat = ["--qat", "--init", "whole/best.pt", "--lr", 0.002]
     resume(work, "qat", *qat)
