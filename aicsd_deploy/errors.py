@@ -12,8 +12,8 @@ class AicsdError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, to be quoted in one of ours."""
-    text = str(error).strip() or type(error).__name__
+    """Return the first line of another library's error, and the next where it ends in a colon, to be quoted in one of ours."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip(), count=1) or type(error).__name__
     return re.sub(r"\x1b\[[0-9;]*m", "", text.splitlines()[0])[:300]  # some are in colour
 
 

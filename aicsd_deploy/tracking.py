@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import atomic_path, write_png
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import Backend, UInt8Array
@@ -35,16 +37,31 @@ class RunLog:
             folder: the run folder.
             keep_bytes: what `written_bytes` was then; what a run that was killed wrote after it is dropped.
             step: the step that was saved.
+
+        Raises:
+            InputError: another process writes this log, such as one that a scheduler has not ended yet.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / METRICS).open("ab")
+        self._lock(folder)
         if self.written_bytes() < keep_bytes:
             say(f"warning: {folder / METRICS} has lost lines since its run was saved; it goes on from what is there.")
         else:
             self._file.truncate(keep_bytes)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def _lock(self, folder: Path) -> None:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
+        except BlockingIOError:
+            raise InputError(
+                f"Another process is training in {folder}, and each would overwrite what the other saves. Wait for it or stop it, "
+                "or give another --out."
+            ) from None
+        except OSError:  # a file system without locks
+            return
 
     def write(self, step: int, **values: Any) -> None:
         """Write one line: `step` and `values`, numbers or dictionaries of numbers; what is no number becomes null."""

@@ -24,7 +24,7 @@ from aicsd_deploy.models.checkpointing import checkpoint_activations
 from aicsd_deploy.runtime.torch_backend import TorchBackend
 from aicsd_deploy.tracking import RunLog
 from aicsd_deploy.training import distributed
-from aicsd_deploy.training.last import BEST, LAST, LastCheckpoints
+from aicsd_deploy.training.last import BEST, LAST, LastCheckpoints, is_whole
 from aicsd_deploy.training.precision import autocast_dtype, avoid_wrong_gradients
 from aicsd_deploy.training.resume import check_same_run
 from aicsd_deploy.training.step import Loss, TrainStep
@@ -68,7 +68,8 @@ class Trainer:
         """Train to the end, from the newest saved state if there is one.
 
         Raises:
-            InputError: the saved state belongs to a run with other settings; or the batch cannot be shared out.
+            InputError: the saved state belongs to a run with other settings, or another process goes on with it now; or the
+                batch cannot be shared out.
             AicsdError: the loss is no longer a number, the memory or the disk is full, or a worker died.
             Preempted: the run was asked to stop, and has saved its state.
         """
@@ -77,14 +78,18 @@ class Trainer:
         self._check_parts()
         self._prepare()
         if self._at.step >= self._total and self._at.validated == self._at.step:
+            if self._main:
+                self._last.clear()
             say(f"{self.out}: already trained to the end ({self._total} steps).")
             return
+        self._log: RunLog | None = None
         with ExitStack() as stack:
-            self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step) if self._main else None
-            if self._log is not None:
-                stack.callback(self._log.close)
             stack.enter_context(self.stop.held())
             try:
+                if self._main:
+                    self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step)
+                    stack.callback(self._log.close)
+                    self._last.clear()
                 self._loop()
             except Preempted as reason:
                 self._save()
@@ -95,9 +100,9 @@ class Trainer:
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise
+                kept = f"Its {LAST} is whole. " if (self.out / LAST).exists() else ""
                 raise AicsdError(
-                    f"{self.out} cannot be written to: {error.strerror}. Its {LAST} is whole. Make room, then go on with "
-                    "--resume auto."
+                    f"{self.out} cannot be written to: {error.strerror}. {kept}Make room, then go on with --resume auto."
                 ) from error
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
@@ -278,3 +283,6 @@ class Trainer:
         self._step.load_state_dict(state)
         self._at = Position(**{name: state[name] for name in vars(self._at)})
         say(f"{self.out}: going on from step {self._at.step}.")
+        if self._at.best is not None and distributed.from_main(self._main and not is_whole(self.out / BEST)):
+            say(f"warning: {self.out / BEST} is gone or damaged; the next validation makes it anew.")
+            self._at.best, self._at.validated = None, 0

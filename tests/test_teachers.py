@@ -152,6 +152,10 @@ def test_torchvision_and_smp_from_files(tmp_path: Path, capsys: pytest.CaptureFi
     torch.save({"model": model.state_dict()}, tmp_path / "nested.pth")
     with pytest.raises(InputError, match=r"no tensor is named classifier.*state_dict\(\)"):
         open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'nested.pth'}", VOC_CLASSES)
+    with pytest.raises(
+        InputError, match=r"state dict of torchvision's fcn_resnet50: .* Missing key.*backbone.conv1.weight"
+    ):
+        open_teacher(f"torchvision:fcn_resnet50:{tmp_path / 'tv.pth'}", VOC_CLASSES)
     with pytest.raises(InputError, match="no segmentation network 'resnet18'"):
         open_teacher("torchvision:resnet18", CLASSES)
     model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, call_script, log_lines, run_script, write_folder_dataset
+from helpers import REPO, TINY, call_script, log_lines, run_script, write_folder_dataset
 
 from aicsd_deploy import tracking
 from aicsd_deploy.checkpoint import load_checkpoint, save_checkpoint
@@ -54,6 +56,31 @@ def test_that_icsd_has_nothing_to_compare_between_two_classes_is_said(trained: P
     result = call_script("train/distill.py", *arguments, *teacher, "--icsd-normalize", "none", cwd=trained)
     assert "the ICSD term is 0" not in result.stderr
     assert all(line["terms"]["icsd"] > 1e-9 for line in log_lines(tmp_path / "raw") if "terms" in line)
+
+
+def test_two_processes_do_not_train_in_one_folder(trained: Path, tmp_path: Path) -> None:
+    out, arguments = (
+        tmp_path / "r",
+        [*TINY, "--student", "tiny_network:tiny", "--epochs", 2, "--resume", "auto", "--out"],
+    )
+    trains = (
+        "import sys; from pathlib import Path; from aicsd_deploy.tracking import RunLog\n"
+        "log = RunLog(Path(sys.argv[1]), keep_bytes=0, step=0); log.write(1, loss=1.0); print('writes', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", trains, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"writes\n"
+        (out / ".last.1.tmp.pt").write_bytes(b"the other process is writing it")
+        result = call_script("train/distill.py", *arguments, out, cwd=trained)
+        assert result.returncode == 2
+        assert "Another process is training in" in result.stderr
+        assert [line["step"] for line in log_lines(out)] == [1]
+        assert (out / ".last.1.tmp.pt").exists()
+        other.kill()
+    assert call_script("train/distill.py", *arguments, out, cwd=trained).returncode == 0
+    assert not (out / ".last.1.tmp.pt").exists()
 
 
 @pytest.mark.parametrize("script", ["train/teacher.py", "train/distill.py"])

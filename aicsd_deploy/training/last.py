@@ -28,8 +28,6 @@ class LastCheckpoints:
             InputError: there are states, and all of them are damaged or of something else than a training; or there is none
                 beside a best.pt, which a run that starts anew would overwrite.
         """
-        for leftover in self.folder.glob(".*.tmp*"):  # of a write that was killed
-            leftover.unlink(missing_ok=True)  # another process may have been quicker
         last = self.folder / LAST
         for path in [*([last] if last.exists() else []), *reversed(self._older())]:
             try:
@@ -64,6 +62,11 @@ class LastCheckpoints:
         for path in self._older()[: 1 - self.keep or None]:
             path.unlink()
 
+    def clear(self) -> None:
+        """Remove what writes that were killed have left; only while no other process writes here."""
+        for leftover in self.folder.glob(".*.tmp*"):
+            leftover.unlink()
+
     def _named(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.pt"
 
@@ -74,6 +77,15 @@ class LastCheckpoints:
 def holds_a_run(folder: Path) -> bool:
     """Return whether there is anything in `folder` that a new run would overwrite."""
     return any((folder / name).exists() for name in (LAST, BEST)) or any(folder.glob("step-*.pt"))
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether there is a checkpoint that can be loaded."""
+    try:
+        load_checkpoint(path)
+    except InputError:
+        return False
+    return True
 
 
 def _also_named(path: Path, name: Path) -> None:

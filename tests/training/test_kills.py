@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from helpers import CLASSES, NETWORK, REPO, TINY, call_script, log_lines, write_folder_dataset
 
-from aicsd_deploy.checkpoint import Checkpoint
+from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint
 from aicsd_deploy.files import DISK_FULL
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.tracking import RunLog
@@ -115,6 +116,20 @@ def test_a_damaged_last_state_is_noticed_and_the_one_before_used(work: Path, dam
     assert_same(work, out)
 
 
+@pytest.mark.parametrize("step", [18, 24])
+def test_a_damaged_best_network_is_made_anew(work: Path, step: int) -> None:
+    """One that is found out at the end only, and is not beaten until then, would leave a run without its result."""
+    out = f"best-{step}"
+    if step == 24:
+        shutil.copytree(work / "whole", work / out)
+    else:
+        assert strike(work, [{"argv": argv(out), "at": "step", "n": step}]) == [-signal.SIGKILL]
+    (work / out / "best.pt").write_bytes((work / out / "best.pt").read_bytes()[:1000])
+    assert "best.pt is gone or damaged; the next validation makes it anew" in resume(work, out)
+    assert load_checkpoint(work / out / "best.pt").metadata.scores["epoch"] == 8
+    assert "damaged" not in resume(work, out)
+
+
 def test_states_that_a_run_did_not_go_on_from_are_removed(tmp_path: Path) -> None:
     states = LastCheckpoints(tmp_path, keep=2)
     metadata = Metadata("m", CLASSES, (8, 8))
@@ -167,6 +182,17 @@ def test_a_disk_that_is_full_when_a_line_is_logged(code: int, work: Path) -> Non
     assert "last.pt is whole" in result.stderr
     resume(work, out)
     assert_same(work, out)
+
+
+def test_a_disk_that_is_full_when_the_log_is_opened(work: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(DISK_FULL[0], os.strerror(DISK_FULL[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+        result = call_script("train/distill.py", *RUN, "--out", "unopened", cwd=work)
+    assert result.returncode == 2
+    assert "unopened cannot be written to: No space left on device. Make room" in result.stderr
 
 
 def test_quantisation_aware_training_is_resumed_with_its_ranges(work: Path) -> None:
