@@ -43,3 +43,9 @@ class Preempted(AicsdError):
     """
 
     exit_code = 75
+
+
+class Interrupted(Preempted):
+    """The same by Ctrl-C: whoever pressed it wants no other start."""
+
+    exit_code = 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from aicsd_deploy.training import distributed
 from aicsd_deploy.training.fake_quant import imitate_int8
 from aicsd_deploy.training.last import BEST, LastCheckpoints, holds_a_run
 from aicsd_deploy.training.precision import autocast_dtype, lowered
+from aicsd_deploy.training.resume import MAY_MOVE
 from aicsd_deploy.training.start import settled, start_from
 from aicsd_deploy.training.stopping import StopRequest
 from aicsd_deploy.training.validation import evaluate_together
@@ -174,8 +176,9 @@ def _train(config: TrainConfig, out: Path, *, teacher: Teacher | None, resume: b
             "training images": len(train_data),
             "size of the images": list(metadata.image_size_hw),
             "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
-            "SHA-256 of the class map": None if class_map is None else sha256(class_map),
-            "SHA-256 of the weights at the start": metadata.provenance.get("init_sha256"),
+            MAY_MOVE["data"]: _fingerprint(train_data, val_data),
+            MAY_MOVE["init"]: metadata.provenance.get("init_sha256"),
+            MAY_MOVE["class_map"]: None if class_map is None else sha256(class_map),
         }
         teacher_network, teacher_miou = None, None
         if teacher is not None:
@@ -202,6 +205,16 @@ def _train(config: TrainConfig, out: Path, *, teacher: Teacher | None, resume: b
             scored = None if teacher is None else (teacher.name, teacher_miou)
             summary = _sum_up(config, out, val_data, device, started=started, teacher=scored)
     return distributed.from_main(summary) or {}
+
+
+def _fingerprint(*datasets: SegmentationDataset) -> str:
+    """Return what tells that data in another place is the same; of pictures, only labels are read alike by every library."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        labels_HW = dataset.load(0)[1]
+        digest.update("\n".join(map(dataset.name, range(len(dataset)))).encode())
+        digest.update(f"\n{labels_HW.shape}".encode() + labels_HW.tobytes())
+    return digest.hexdigest()
 
 
 def _try(network: nn.Module, metadata: Metadata, crop_size_hw: tuple[int, int] | None, device: torch.device) -> None:

@@ -93,7 +93,7 @@ class Trainer:
                 self._loop()
             except Preempted as reason:
                 self._save()
-                raise Preempted(
+                raise type(reason)(
                     f"{reason} at step {self._at.step} of {self._total}, which {self.out / LAST} holds. "
                     "Started again with --resume auto, it goes on."
                 ) from None
@@ -224,10 +224,10 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Raise Preempted, in all processes at the same step, where any of them was asked to stop."""
-        if distributed.world_size() > 1 and self._step.stop_asked():
-            raise Preempted(f"stopped by {self.stop.received or 'a signal to another process'}")
-        if distributed.world_size() == 1:
+        if distributed.world_size() == 1 or self._step.stop_asked():
             self.stop.raise_if_received()
+            if distributed.world_size() > 1:
+                raise Preempted("stopped by a signal to another process")
 
     def _validation_is_due(self) -> bool:
         epoch, rest = divmod(self._at.step, self._per_epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import REPO, TINY, call_script, log_lines, run_script, write_folder_dataset
+from helpers import NETWORK, REPO, TINY, call_script, log_lines, run_script, write_folder_dataset
 
 from aicsd_deploy import tracking
 from aicsd_deploy.checkpoint import load_checkpoint, save_checkpoint
+from aicsd_deploy.data.dataset import read_mask
 from aicsd_deploy.errors import Preempted
+from aicsd_deploy.files import write_png
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.tracking import picture_page, picture_row, plot_curves
 from aicsd_deploy.trainer import Trainer
@@ -230,6 +233,21 @@ def test_resume_with_other_settings_is_refused_and_says_which(trained: Path) -> 
     result = call_script("train/teacher.py", *arguments, cwd=trained)
     assert result.returncode == 2
     assert "already holds a run" in result.stderr
+
+
+def test_a_run_goes_on_where_its_data_has_moved_and_not_with_other_data(trained: Path, tmp_path: Path) -> None:
+    run = [*TINY, "--model", "tiny_network:tiny", "--epochs", 1, "--out", "r", "--resume", "auto", "--data"]
+    (tmp_path / "tiny_network.py").write_text(NETWORK)
+    assert call_script("train/teacher.py", *run, f"folder:{trained / 'data'}", cwd=tmp_path).returncode == 0
+    shutil.copytree(trained / "data", tmp_path / "scratch")
+    moved = call_script("train/teacher.py", *run, "folder:scratch", cwd=tmp_path)
+    assert moved.returncode == 0
+    assert "changed since this run was saved: data" in moved.stderr
+    labels = min((tmp_path / "scratch/val/labels").iterdir())
+    write_png(labels, 1 - np.minimum(read_mask(labels), 1))
+    other = call_script("train/teacher.py", *run, "folder:scratch", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "SHA-256 of the data's names and first labels: was" in other.stderr
 
 
 def test_the_pictures_of_a_row_carry_their_names() -> None:

@@ -153,8 +153,8 @@ def training_batches(
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Schedulers ask every process of a job to stop; the training process then saves, and for that its workers must live."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Schedulers and Ctrl-C ask every process of a job to stop; the training process then saves, and for that its workers must live."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

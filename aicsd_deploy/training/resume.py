@@ -15,6 +15,12 @@ FREE_TO_CHANGE = {
     "checkpoint_activations", "teacher",
 }  # fmt: skip
 """Settings that a resumed run may have different; any other would make it another run."""
+MAY_MOVE = {
+    "data": "SHA-256 of the data's names and first labels",
+    "init": "SHA-256 of the weights at the start",
+    "class_map": "SHA-256 of the class map",
+}
+"""Settings that name files, and what tells that these are the same in another place, such as a job's own scratch folder."""
 
 
 def check_same_run(
@@ -33,7 +39,8 @@ def check_same_run(
     theirs = dict(defaults) | theirs
     changed = {name: f"{name}: was {theirs[name]!r}, now {ours[name]!r}" for name in ours if name in theirs}
     changed = {name: text for name, text in changed.items() if ours[name] != theirs[name]}
-    refused = [f"  {text}" for name, text in changed.items() if name not in FREE_TO_CHANGE]
+    free = FREE_TO_CHANGE | {name for name, content in MAY_MOVE.items() if content in ours and content in theirs}
+    refused = [f"  {text}" for name, text in changed.items() if name not in free]
     if refused:
         raise InputError(
             f"{folder} holds a run with other settings:\n" + "\n".join(refused) + "\nGive the same, or another --out."

@@ -1,4 +1,4 @@
-"""A scheduler's request to stop: finish the step, save, and end with a code that asks to be started again."""
+"""A request to stop: finish the step, save, and end, where a scheduler asked with a code that says to start it again."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from aicsd_deploy.errors import Preempted
+from aicsd_deploy.errors import Interrupted, Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What Kubernetes and Slurm send some time before they kill."""
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C"}
+"""What Kubernetes and Slurm send some time before they kill, and what somebody at the keyboard sends."""
 
 
 class StopRequest:
-    """While it is open, SIGTERM and SIGUSR1 raise `Preempted`: at once, or, inside `held`, when the loop asks for it."""
+    """While it is open, the signals raise `Preempted`: at once, or, inside `held`, when the loop asks for it.
+
+    A second Ctrl-C does not wait.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -46,9 +49,10 @@ class StopRequest:
             yield
 
     def raise_if_received(self) -> None:
-        """Raise Preempted if there was a request."""
+        """Raise Preempted, of Ctrl-C Interrupted, if there was a request."""
         if self.received is not None:
-            raise Preempted(f"stopped by {self.received}")
+            kind = Interrupted if self.received == SIGNALS[signal.SIGINT] else Preempted
+            raise kind(f"stopped by {self.received}")
 
     @contextmanager
     def _holding(self, holds: bool) -> Iterator[None]:
@@ -59,6 +63,8 @@ class StopRequest:
             self._holds = before
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        if number == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
+        self.received = self.received or SIGNALS[signal.Signals(number)]
         if not self._holds:
             self.raise_if_received()

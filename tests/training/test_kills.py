@@ -85,18 +85,19 @@ def test_killed_at_any_rename_or_moment_and_resumed_equals_uninterrupted(work: P
         assert_same(work, f"killed{i}")
 
 
-def test_a_run_asked_to_stop_saves_at_once_and_ends_with_75(work: Path) -> None:
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)])
+def test_a_run_asked_to_stop_saves_at_once(number: int, name: str, code: int, work: Path) -> None:
     places = [{"at": "step", "n": 8}, {"at": "validate", "n": 6}, {"at": "write", "n": 2}]
-    cases = [{**case, "argv": argv(f"asked{i}"), "signal": signal.SIGTERM} for i, case in enumerate(places)]
+    cases = [{**case, "argv": argv(f"{name}{i}"), "signal": number} for i, case in enumerate(places)]
     cases[0]["argv"] += ["--workers", "1"]
-    assert strike(work, cases) == [75] * len(cases)
-    assert "stopped by SIGTERM at step 8 of 24" in (work / "output.txt").read_text()
-    steps = [torch.load(work / f"asked{i}/last.pt", weights_only=True)["training"]["step"] for i in range(len(cases))]
+    assert strike(work, cases) == [code] * len(cases)
+    assert f"stopped by {name} at step 8 of 24" in (work / "output.txt").read_text()
+    steps = [torch.load(work / f"{name}{i}/last.pt", weights_only=True)["training"]["step"] for i in range(len(cases))]
     assert steps[0] == 8, "not the last regular save, which is at 5"
     assert steps[1] == 12, "in the validation after step 12"
     for i in range(len(cases)):
-        resume(work, f"asked{i}")
-        assert_same(work, f"asked{i}")
+        resume(work, f"{name}{i}")
+        assert_same(work, f"{name}{i}")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
