@@ -28,7 +28,11 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            ignored = (
+                signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            )  # a job in the background is not meant by Ctrl-C
+            heard = SIGNALS.keys() - ({signal.SIGINT} if ignored else set())
+            self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

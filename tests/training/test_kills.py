@@ -20,6 +20,7 @@ from aicsd_deploy.files import DISK_FULL
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.tracking import RunLog
 from aicsd_deploy.training.last import LastCheckpoints
+from aicsd_deploy.training.stopping import StopRequest
 
 RUN = [*TINY, "--student", "tiny_network:tiny", "--teacher", "teacher/best.pt", "--epochs", 8, "--save-every", 5, "--log-every", 2, "--resume", "auto"]  # fmt: skip
 
@@ -98,6 +99,23 @@ def test_a_run_asked_to_stop_saves_at_once(number: int, name: str, code: int, wo
     for i in range(len(cases)):
         resume(work, f"{name}{i}")
         assert_same(work, f"{name}{i}")
+
+
+def test_a_second_ctrl_c_does_not_wait_and_a_job_in_the_background_hears_none() -> None:
+    with StopRequest() as stop, stop.held():
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == "Ctrl-C"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell without job control starts it with &
+    try:
+        with StopRequest() as stop, stop.held():
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received is None
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
