@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class PngSink(Sink):
     """A folder with frame_000000.png, … (8-bit grey, the value is the class index), classes.txt and times.txt.
 
-    classes.txt has a line `index name R G B` per class, times.txt one with the time in seconds per frame. A folder that
-    holds something is refused, so that two runs cannot be mixed.
+    classes.txt has a line `index name R G B` per class, times.txt one per frame with its time in seconds and, where it came
+    from a folder, the name of the picture. A folder that holds something is refused, so that two runs cannot be mixed.
 
     Raises:
         InputError: the path is a file, or a folder that is not empty.
@@ -59,7 +59,8 @@ class PngSink(Sink):
             lines = (f"{i} {c.name} {' '.join(map(str, c.color_rgb))}\n" for i, c in enumerate(self._classes))
             write_text(self.folder / "classes.txt", "".join(lines))
         write_png(self.folder / f"frame_{frame.index:06d}.png", frame.labels)
-        self._times.append(f"frame_{frame.index:06d}.png {frame.time_s:.6f}\n")
+        picture = "" if frame.picture is None else f" {frame.picture}"
+        self._times.append(f"frame_{frame.index:06d}.png {frame.time_s:.6f}{picture}\n")
         return True
 
     def close(self, error: BaseException | None) -> None:
@@ -68,7 +69,8 @@ class PngSink(Sink):
 
 
 class RleSink(Sink):
-    """A file with a line of JSON per frame: its number, time, size and, per class in it, the pixels as run lengths.
+    """A file with a line of JSON per frame: its number, time, picture (of a folder), size and, per class in it, the pixels as
+    run lengths.
 
     The run lengths are COCO's uncompressed ones: column by column, the number of pixels outside, inside, outside, … the
     class, so that pycocotools.mask.frPyObjects reads `{"size": …, "counts": …}`. If the work fails midway, the lines until
@@ -96,7 +98,9 @@ class RleSink(Sink):
 
     def write(self, frame: Frame) -> bool:
         assert frame.labels is not None
-        line = {"frame": frame.index, "time_s": round(frame.time_s, 6), **run_lengths(frame.labels, self._names)}
+        line: dict[str, Any] = {"frame": frame.index, "time_s": round(frame.time_s, 6)}
+        line |= {} if frame.picture is None else {"picture": frame.picture}
+        line |= run_lengths(frame.labels, self._names)
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
         self._whole_bytes = self._file.tell()

@@ -47,6 +47,7 @@ class Frame:
         arrived_s: `time.perf_counter()` when it came in; 0 where it is not live.
         labels: uint8 (H, W), once it is segmented.
         plain_bgr: the picture without the overlay, for sinks that ask for it (`Sink.wants_plain`).
+        picture: of a folder, the name of its file.
     """
 
     index: int
@@ -55,6 +56,7 @@ class Frame:
     arrived_s: float = 0.0
     labels: UInt8Array | None = None
     plain_bgr: UInt8Array | None = None
+    picture: str | None = None
 
 
 class Source(ABC):
@@ -137,7 +139,7 @@ class FolderSource(Source):
             if image is None:
                 self.skipped += 1
                 continue
-            yield Frame(index, fit(image, self.size_hw), float(index / self.fps))
+            yield Frame(index, fit(image, self.size_hw), float(index / self.fps), picture=path.name)
             index += 1
 
 

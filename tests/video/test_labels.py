@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from video_helpers import CLASSES, Numbered, Threshold, room_for_files
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.files import write_png
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.video.label_sinks import PngSink, RleSink, run_lengths
 from aicsd_deploy.video.overlay import Overlay
@@ -21,7 +23,7 @@ from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.scoring import Scorer, true_labels
 from aicsd_deploy.video.sinks import Sink, SinkGroup
 from aicsd_deploy.video.smooth import LabelSmoother
-from aicsd_deploy.video.sources import Frame, open_source
+from aicsd_deploy.video.sources import FolderSource, Frame, open_source
 
 NAMES = ["a", "b", "c"]
 
@@ -131,6 +133,19 @@ def test_a_line_of_json_per_frame(tmp_path: Path) -> None:
     write_all(RleSink(tmp_path / "labels.jsonl", CLASSES), frames_of(np.ones((2, 3), np.uint8)))
     (line,) = (tmp_path / "labels.jsonl").read_text().splitlines()
     assert json.loads(line) == {"frame": 0, "time_s": 0.0, "size": [2, 3], "classes": {"bright": [0, 6]}}
+
+
+def test_labels_of_a_folder_name_their_pictures(tmp_path: Path) -> None:
+    for number, value in ((2, 40), (10, 200)):
+        write_png(tmp_path / f"in/my img{number}.png", np.full((4, 6, 3), value, np.uint8))
+    (tmp_path / "in/my img3.png").write_bytes(b"damaged")
+    frames = [replace(frame, labels=frame.image_bgr[..., 0]) for frame in FolderSource(tmp_path / "in")]
+    write_all(PngSink(tmp_path / "maps", CLASSES), frames)
+    times = (tmp_path / "maps/times.txt").read_text()
+    assert times == "frame_000000.png 0.000000 my img2.png\nframe_000001.png 0.040000 my img10.png\n"
+    write_all(RleSink(tmp_path / "labels.jsonl", CLASSES), frames)
+    lines = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert [line["picture"] for line in lines] == ["my img2.png", "my img10.png"]
 
 
 def test_an_error_keeps_the_lines_until_then_under_another_name(tmp_path: Path) -> None:
