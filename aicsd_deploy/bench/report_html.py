@@ -85,13 +85,14 @@ def headline(report: dict[str, Any]) -> list[str]:
         if row is reference:
             continue
         ratio, points = reference["p50_ms"] / row["p50_ms"], 100 * (row["miou"] - reference["miou"])
+        change = f"{'gains' if points > 0 else 'loses'} {abs(points):.2f} points of mIoU"
         low, high = (1 / share for share in reversed(row["p50_ratio_interval"]))
         before, now = reference["per_class_iou"], row["per_class_iou"]
         lost = [n for n in tables.losers_first(row, reference) if (now[n] or 0) - (before[n] or 0) < -0.01]
         invented = [n for n in now if (now[n] is None) != (before[n] is None)]
         lines.append(
             f"{name} takes {tables.number(row['p50_ms'])} ms a frame, {ratio:.2f} times ({low:.2f} to {high:.2f}) as fast as "
-            f"{names[report['reference']]}, and {'gains' if points >= 0 else 'loses'} {abs(points):.2f} points of mIoU."
+            f"{names[report['reference']]}, and {change if abs(points) >= 0.005 else 'has the same mIoU'}."
             + (f" It loses most in {', '.join(lost[:2])}." if lost else "")
             + (
                 f" Only one of the two predicts {', '.join(invented)}, which no label has: that alone moves mIoU."

@@ -269,19 +269,21 @@ def test_the_frames_shown_are_the_worst_and_a_typical_one() -> None:
 
 
 def test_the_headline_says_what_is_lost_where_the_mean_gains() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"path": "t.pt", "p50_ms": 20, "miou": 0.5, "per_class_iou": {"a": 0.6, "b": 0.4, "c": None}},
         {"path": "s.pt", "p50_ms": 10, "miou": 0.52, "per_class_iou": {"a": 0.7, "b": 0.34, "c": None}},
         {"path": "q.pt", "p50_ms": 10, "miou": 0.33, "per_class_iou": {"a": 0.6, "b": 0.4, "c": 0.0}},
+        {"path": "o.pt", "p50_ms": 10, "miou": 0.50004, "per_class_iou": {"a": 0.6, "b": 0.4, "c": None}},
     ]
     rows = [row | {"p50_ratio_interval": [0.4, 0.625]} for row in rows]
-    student, quantised = headline({"artifacts": rows, "reference": 0})
+    student, quantised, exported = headline({"artifacts": rows, "reference": 0})
     assert student.endswith(
         "2.00 times (1.60 to 2.50) as fast as t.pt, and gains 2.00 points of mIoU. It loses most in b."
     )
     assert quantised.endswith(
         "loses 17.00 points of mIoU. Only one of the two predicts c, which no label has: that alone moves mIoU."
     )
+    assert exported.endswith("as fast as t.pt, and has the same mIoU.")
 
 
 def test_the_model_card_tells_weak_classes_from_those_without_a_label(report: dict[str, Any]) -> None:
