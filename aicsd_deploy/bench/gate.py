@@ -176,7 +176,7 @@ def _partners(paths: Sequence[str], baseline: dict[str, Any]) -> list[dict[str, 
             found.append(rows[shared.index(most)])
     if alone:
         raise InputError(
-            f"The baseline has no {', '.join(alone)}, or several, to compare with: it has {', '.join(row['path'] for row in rows)}. Leave it "
+            f"The baseline must have one {', one '.join(alone)} to compare with: it has {', '.join(row['path'] for row in rows)}. Leave it "
             "out, name it as there, or make the baseline again with it."
         )
     return found
