@@ -95,7 +95,7 @@ class Trainer:
                 self._save()
                 raise type(reason)(
                     f"{reason} at step {self._at.step} of {self._total}, which {self.out / LAST} holds. "
-                    "Started again with --resume auto, it goes on."
+                    "The same command goes on; a single training needs --resume auto for it."
                 ) from None
             except OSError as error:
                 if error.errno not in DISK_FULL:
