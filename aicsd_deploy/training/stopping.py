@@ -28,11 +28,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
-            ignored = (
-                signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-            )  # a job in the background is not meant by Ctrl-C
-            heard = SIGNALS.keys() - ({signal.SIGINT} if ignored else set())
-            self._before = {number: signal.signal(number, self._receive) for number in heard}
+            for number in SIGNALS:
+                # A job in the background, for which the shell has Ctrl-C ignored, is not meant by it.
+                if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
