@@ -62,10 +62,8 @@ def test_that_icsd_has_nothing_to_compare_between_two_classes_is_said(trained: P
 
 
 def test_two_processes_do_not_train_in_one_folder(trained: Path, tmp_path: Path) -> None:
-    out, arguments = (
-        tmp_path / "r",
-        [*TINY, "--student", "tiny_network:tiny", "--epochs", 2, "--resume", "auto", "--out"],
-    )
+    out = tmp_path / "r"
+    arguments = [*TINY, "--student", "tiny_network:tiny", "--epochs", 2, "--resume", "auto", "--out"]
     trains = (
         "import sys; from pathlib import Path; from aicsd_deploy.tracking import RunLog\n"
         "log = RunLog(Path(sys.argv[1]), keep_bytes=0, step=0); log.write(1, loss=1.0); print('writes', flush=True); input()"

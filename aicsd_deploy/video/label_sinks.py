@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import atomic_path, check_writable, make_readable, write_png, write_text
+from aicsd_deploy.files import atomic_path, check_writable, write_png, write_text
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import UInt8Array
-from aicsd_deploy.video.sinks import Sink
+from aicsd_deploy.video.sinks import Sink, keep_partial
 from aicsd_deploy.video.sources import Frame, Source
 
 if TYPE_CHECKING:
@@ -114,10 +113,7 @@ class RleSink(Sink):
             with suppress(OSError):  # what is left of a line that the disk had no room for
                 self._file.close()
             os.truncate(self._temporary, self._whole_bytes)
-            make_readable(self._temporary)
-            partial = self.path.with_suffix(f".partial{self.path.suffix}")
-            self._temporary.replace(partial)
-            say(f"The frames until the error are kept in {partial}")
+            keep_partial(self._temporary, self.path)
         self._opened.__exit__(type(unfinished) if unfinished else None, unfinished, None)
 
 

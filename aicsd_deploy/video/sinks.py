@@ -7,12 +7,15 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import cv2
 
+from aicsd_deploy.console import say
 from aicsd_deploy.errors import MissingDependencyError
+from aicsd_deploy.files import make_readable
 from aicsd_deploy.video.figures import Figures
 from aicsd_deploy.video.sources import Frame, Source
 
@@ -20,6 +23,18 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+
+
+def partial_path(path: Path) -> Path:
+    """Return where the frames until an error are kept: NAME.partial.SUFFIX."""
+    return path.with_suffix(f".partial{path.suffix}")
+
+
+def keep_partial(temporary: Path, path: Path) -> None:
+    """Keep what there is of the file `path`, which an error ended early, beside it, and say so."""
+    make_readable(temporary)
+    temporary.replace(partial_path(path))
+    say(f"The frames until the error are kept in {partial_path(path)}")
 
 
 class Sink(ABC):

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError, MissingDependencyError
-from aicsd_deploy.files import atomic_path, make_readable
+from aicsd_deploy.files import atomic_path
 from aicsd_deploy.runtime.base import UInt8Array
-from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink
+from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink, keep_partial, partial_path
 from aicsd_deploy.video.sources import Frame, Source
 from aicsd_deploy.video.video_file import av, open_container, reformatter, timeline_of
 
@@ -52,7 +51,6 @@ class Mp4Sink(Sink):
 
     def __init__(self, path: Path | str, *, audio_of: str | None = None) -> None:
         self.path, self.name = Path(path), str(path)
-        self._partial = self.path.with_suffix(f".partial{self.path.suffix}")
         if self.path.suffix.lower() not in VIDEO_SUFFIXES:
             raise InputError(f"Cannot write {path}: the output must end in {', '.join(VIDEO_SUFFIXES)}.")
         if self.path.is_dir():
@@ -73,8 +71,9 @@ class Mp4Sink(Sink):
             InputError: the file, or the one that an error would leave, is the source itself; it cannot be written; or there is no sound that could be copied.
             MissingDependencyError: PyAV is missing or was built without x264.
         """
-        unfinished = f"{self._partial}, which takes the frames where {self.path} cannot be finished,"
-        for path, what in ((self.path, f"The output {self.path}"), (self._partial, unfinished)):
+        partial = partial_path(self.path)
+        unfinished = f"{partial}, which takes the frames where {self.path} cannot be finished,"
+        for path, what in ((self.path, f"The output {self.path}"), (partial, unfinished)):
             if path.exists() and os.path.exists(source.name) and path.samefile(source.name):
                 raise InputError(f"{what} is the input itself, which would be lost. Choose another name with -o.")
         if self._audio_of is not None and source.live:
@@ -166,9 +165,7 @@ class Mp4Sink(Sink):
             return
         playable = failure is None or (self.path.suffix.lower() == ".mkv" and self._temporary.stat().st_size > 0)
         if self._last_pts >= 0 and playable:
-            make_readable(self._temporary)
-            self._temporary.replace(self._partial)
-            say(f"The frames until the error are kept in {self._partial}")
+            keep_partial(self._temporary, self.path)
         unfinished = error or failure or InputError("no frame was written")
         self._output.__exit__(type(unfinished), unfinished, None)
         if error is None and failure is not None:
