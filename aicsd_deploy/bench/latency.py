@@ -153,7 +153,7 @@ class Stopwatch:
             backend, frames = self._backends[which], self._prepared[which]
             backend.infer(frames[done % len(frames)])
             start = done * self._per_round
-            turn = [_infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + self._per_round)]
+            turn = [infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + self._per_round)]
             self._times_ms[which].append(turn)
 
     def latencies(self) -> list[Latency]:
@@ -185,7 +185,7 @@ def _warm_up(backend: Backend, frames: Sequence[UInt8Array]) -> tuple[int, bool]
     """Run until the time per frame is stable; return how many frames that took, and whether it became stable."""
     before = 0.0
     for start in range(0, WARMUP_MAX, WARMUP_WINDOW):
-        window = [_infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + WARMUP_WINDOW)]
+        window = [infer_ms(backend, frames[i % len(frames)]) for i in range(start, start + WARMUP_WINDOW)]
         median = float(np.median(window))
         if before and abs(median - before) < STABLE * before:
             return start + WARMUP_WINDOW, True
@@ -193,7 +193,8 @@ def _warm_up(backend: Backend, frames: Sequence[UInt8Array]) -> tuple[int, bool]
     return WARMUP_MAX, False
 
 
-def _infer_ms(backend: Backend, frames_NHWC: UInt8Array) -> float:
+def infer_ms(backend: Backend, frames_NHWC: UInt8Array) -> float:
+    """Return the milliseconds that a backend takes from frames in host memory to labels in host memory."""
     start = time.perf_counter()
     backend.infer(frames_NHWC)
     return 1000 * (time.perf_counter() - start)
