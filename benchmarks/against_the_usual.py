@@ -4,8 +4,8 @@
 
 The usual pipeline: normalise in float and turn to NCHW with numpy, run the network with its upsampling, take the float logits
 back, argmax with numpy. All contenders take turns in one run. The last column says whether they are forms of one network: the
-share of the pixels that each labels as the float32 file does. What a backend adds to its bare runtime is a few percent at most,
-less than turns differ by on a machine that is not always equally fast: that is measured frame by frame (`paired_ratio`).
+share of the pixels that each labels as the float32 file does. Then some are held against each other frame by frame, since on a
+machine that is not always equally fast turns differ by more than a backend adds to its runtime (`paired_ratio`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aicsd_deploy.bench.environment import environment
-from aicsd_deploy.bench.latency import infer_ms, measure_latency, median_interval, prepare_frames, ratio_interval
+from aicsd_deploy.bench.latency import infer_ms, measure_latency, median_interval, prepare_frames
 from aicsd_deploy.bench.machine_load import watch_machine
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.cli import Parser, add_json_flag, positive_int, run, write_result
-from aicsd_deploy.console import say, table
+from aicsd_deploy.console import progress, say, table
 from aicsd_deploy.data.spec import SPEC_HELP, open_dataset
 from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.metadata import Metadata
@@ -95,29 +95,32 @@ def bare_openvino(path: Path, threads: int | None, **settings: str | int) -> Cal
 OURS = ("this toolkit, float32", "this toolkit, INT8", "this toolkit, INT8 in OpenVINO")
 BARE = ("bare ONNX Runtime session, float32", "bare ONNX Runtime session, INT8", "bare OpenVINO request, INT8")
 USUAL = "usual pipeline, ONNX Runtime"
-COMPARISONS = ((OURS[0], OURS[1]), (OURS[0], OURS[2]), *((USUAL, name) for name in OURS))
-"""Pairs whose ratio of times in turns is reported: float32 over INT8, the usual pipeline over ours."""
+COMPARISONS = (
+    *zip(OURS, BARE, strict=True),
+    (OURS[0], OURS[1]),
+    (OURS[0], OURS[2]),
+    *((USUAL, name) for name in OURS),
+)
+"""Whose times are held against whose: the backend's to its bare runtime's, float32's to INT8's, the usual pipeline's to ours."""
 PAIRS_PER_ROUND = 10
 
 
 def paired_ratio(
-    backend: Backend, bare: Backend, prepared: Sequence[UInt8Array], *, rounds: int
+    over: Backend, under: Backend, prepared: Sequence[UInt8Array], *, rounds: int
 ) -> tuple[float, float, float]:
     """Return the median ratio of two contenders' times for the same frame, one right after the other, and its interval.
 
-    What slows the machine down for longer than a frame slows both of a pair down. Each goes first in every other pair; the
-    one that goes second finds the frame in the caches.
+    What slows the machine down for longer than a frame slows both of a pair down. Each goes first in every other pair,
+    since the one that goes second finds the frame in the caches.
     """
-    for frame in prepared:
-        infer_ms(backend, frame), infer_ms(bare, frame)
-    ratios = []
-    for pair in range(PAIRS_PER_ROUND * rounds):
+    infer_ms(over, prepared[0]), infer_ms(under, prepared[0])
+    ratios = np.empty((rounds, PAIRS_PER_ROUND))
+    for pair in range(ratios.size):
         frame = prepared[pair // 2 % len(prepared)]
-        order = (backend, bare) if pair % 2 else (bare, backend)
+        order = (over, under) if pair % 2 else (under, over)
         times = {contender.name: infer_ms(contender, frame) for contender in order}
-        ratios.append(times[backend.name] / times[bare.name])
-    by_round = [ratios[start : start + PAIRS_PER_ROUND] for start in range(0, len(ratios), PAIRS_PER_ROUND)]
-    return float(np.median(ratios)), *median_interval(by_round)
+        ratios.flat[pair] = times[over.name] / times[under.name]
+    return float(np.median(ratios)), *median_interval(ratios.tolist())
 
 
 def contenders(
@@ -164,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("int8", type=Path, help="its INT8 file")
     parser.add_argument("openvino", type=Path, help="its INT8 file made with --target openvino")
     parser.add_argument("--data", metavar="SPEC", help=f"{SPEC_HELP} (default: what it was trained on)")
-    parser.add_argument("--rounds", type=positive_int, metavar="N", default=20, help="rounds of timing, 5 frames each")
+    parser.add_argument("--rounds", type=positive_int, metavar="N", default=20, help="rounds of 5 frames, or of 10 pairs")
     parser.add_argument(
         "--threads", type=positive_int, metavar="N", help="CPU threads of every runtime (default: as each chooses)"
     )
@@ -179,32 +182,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         with watch_machine() as load:
             latencies = measure_latency(found, frames, rounds=args.rounds)
             named = {contender.name: contender for contender in found}
-            overheads = {
-                f"{ours} / {bare}": paired_ratio(named[ours], named[bare], prepared, rounds=args.rounds)
-                for ours, bare in zip(OURS, BARE, strict=True)
-            }
+            ratios = {}
+            with progress("frame by frame", len(COMPARISONS)) as advance:
+                for over, under in COMPARISONS:
+                    ratios[f"{over} / {under}"] = paired_ratio(named[over], named[under], prepared, rounds=args.rounds)
+                    advance()
     first = latencies[0].p50_ms
     rows = [
         [c.name, f"{x.p50_ms:.2f}", f"{x.p50_interval_ms[0]:.2f}–{x.p50_interval_ms[1]:.2f}", f"{x.p50_ms / first:.3f}", f"{100 * a:.2f}"]
         for c, x, a in zip(found, latencies, agreement, strict=True)
     ]  # fmt: skip
     say(table(["", "p50, ms", "95 % interval", "of this toolkit's float32", "labels as it, %"], rows))
-    by_name = {c.name: x for c, x in zip(found, latencies, strict=True)}
-    ratios = {
-        f"{over} / {under}": (
-            by_name[over].p50_ms / by_name[under].p50_ms,
-            *ratio_interval(by_name[over].rounds_ms, by_name[under].rounds_ms),
-        )
-        for over, under in COMPARISONS
-    }
-    for title, found_ratios in (("ratio of p50", ratios), ("frame by frame", overheads)):
-        say(table(["", title, "95 % interval"], [[n, f"{r:.3f}", f"{lo:.3f}–{hi:.3f}"] for n, (r, lo, hi) in found_ratios.items()]))  # fmt: skip
+    say(table(["frame by frame", "ratio", "95 % interval"], [[n, f"{r:.3f}", f"{lo:.3f}–{hi:.3f}"] for n, (r, lo, hi) in ratios.items()]))  # fmt: skip
     for line in load.noise():
         say(f"noisy: {line}")
     result = {
         "contenders": [{"name": c.name, "agreement": a, **asdict(x)} for c, x, a in zip(found, latencies, agreement, strict=True)],
         "ratios": ratios,
-        "overheads": overheads,
         "machine_load": asdict(load),
         "environment": environment(),
     }  # fmt: skip
