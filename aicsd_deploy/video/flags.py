@@ -26,6 +26,17 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         InputError: an output has a suffix that stands for nothing.
         MissingDependencyError: there is no display for --window.
     """
+    parser = _parser(description)
+    args = parser.parse_args(argv)
+    _check_names(parser, args)
+    _check_audio(parser, args)
+    _check_outputs(parser, args)
+    if args.window:
+        require_display()
+    return args
+
+
+def _parser(description: str | None) -> Parser:
     parser = Parser(description)
     add = parser.add_argument
     add(
@@ -98,7 +109,11 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     )
     add_json_flag(parser)
     add("stray", nargs="*", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _check_names(parser: Parser, args: argparse.Namespace) -> None:
+    """End with a message where a network was given as the source, or the like."""
     if args.stray:
         flag = "--engine" if is_artifact(args.stray[0]) else "--source"
         if flag == "--source" and args.source:  # as of a name with spaces, or *.png, which the shell writes out
@@ -115,12 +130,20 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         parser.error(
             f"{args.engine} is a video, not a network: write --source {args.engine}, and the network after --engine"
         )
-    if args.audio and not any(is_video(path) for path in args.output or ()):
+
+
+def _check_audio(parser: Parser, args: argparse.Namespace) -> None:
+    if not args.audio:
+        return
+    if not any(is_video(path) for path in args.output or ()):
         parser.error("--audio needs a video to copy the sound into: -o OUT.mp4")
-    if args.audio and (args.source is None or args.source == "synthetic"):
+    if args.source is None or args.source == "synthetic":
         parser.error("--audio needs a file with sound: --source FILE")
-    if args.audio and args.loop:
+    if args.loop:
         parser.error("--audio copies the sound once: leave out --audio or --loop")
+
+
+def _check_outputs(parser: Parser, args: argparse.Namespace) -> None:
     if len({path.resolve() for path in args.output or ()}) < len(args.output or ()):
         parser.error("two -o name the same file")
     keep_apart(args.json, *(args.output or ()), Path(args.source or ""), args.engine or Path())
@@ -131,9 +154,6 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
                 f"Cannot write {path}: the output must end in {', '.join(VIDEO_SUFFIXES)} (a video) or .jsonl (labels as run "
                 "lengths), or have no suffix (a folder for label maps)."
             )
-    if args.window:
-        require_display()
-    return args
 
 
 def open_sinks(args: argparse.Namespace, classes: Sequence[SegClass], *, title: str) -> list[Sink]:
