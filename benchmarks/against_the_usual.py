@@ -167,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("int8", type=Path, help="its INT8 file")
     parser.add_argument("openvino", type=Path, help="its INT8 file made with --target openvino")
     parser.add_argument("--data", metavar="SPEC", help=f"{SPEC_HELP} (default: what it was trained on)")
-    parser.add_argument("--rounds", type=positive_int, metavar="N", default=20, help="rounds of 5 frames, or of 10 pairs")
+    parser.add_argument(
+        "--rounds", type=positive_int, metavar="N", default=20, help="rounds of 5 frames, or of 10 pairs"
+    )
     parser.add_argument(
         "--threads", type=positive_int, metavar="N", help="CPU threads of every runtime (default: as each chooses)"
     )

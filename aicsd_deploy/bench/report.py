@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from aicsd_deploy.bench.accuracy import score_together
+from aicsd_deploy.bench.accuracy import Accuracy, score_together
 from aicsd_deploy.bench.environment import environment
 from aicsd_deploy.bench.footprint import count_work, measure_footprint
-from aicsd_deploy.bench.latency import Stopwatch, prepare_frames, ratio_interval
+from aicsd_deploy.bench.latency import Latency, Stopwatch, prepare_frames, ratio_interval
 from aicsd_deploy.bench.loadgen import require_loadgen, run_loadgen
 from aicsd_deploy.bench.machine_load import watch_machine
-from aicsd_deploy.bench.peak import measure_peak
+from aicsd_deploy.bench.peak import Peak, measure_peak
 from aicsd_deploy.bench.pictures import Picture, draw_frames
 from aicsd_deploy.bench.report_html import require_jinja
 from aicsd_deploy.bench.throughput import measure_throughput
@@ -24,7 +24,7 @@ from aicsd_deploy.errors import MissingDependencyError
 from aicsd_deploy.evaluate import check_same_classes
 from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.metadata import provenance
-from aicsd_deploy.runtime.base import Backend, open_backend
+from aicsd_deploy.runtime.base import Backend, UInt8Array, open_backend
 
 SCHEMA_VERSION = 3
 TIMED_FRAMES, STAGE_FRAMES = 16, 11
@@ -86,37 +86,18 @@ def benchmark(
         rows = []
         with progress("stages, batches, memory", len(paths)) as advance:
             for path, backend, accuracy, latency in zip(paths, backends, accuracies, latencies, strict=True):
-                metadata, prepared, peak = backend.metadata, prepare_frames(backend, frames), peaks[backend.device]
-                work, throughput = count_work(path), measure_throughput(backend, prepared)
-                stages_ms = backend.time_stages([prepared[i % len(prepared)] for i in range(STAGE_FRAMES)])
-                seconds = latency.p50_ms / 1000
-                row = {
-                    "path": str(path),
-                    **accuracy.scores.to_dict(),
-                    "agreement": accuracy.agreement,
-                    "worst_frame": dataset.name(accuracy.worst_frame),
-                    "typical_frame": dataset.name(accuracy.typical_frame),
-                    **asdict(latency),
-                    "stages_ms": stages_ms,
-                    "throughput": asdict(throughput) | {"fps_by_batch": {str(k): v for k, v in throughput.fps_by_batch.items()}},
-                    "p50_ratio": latency.p50_ms / latencies[reference].p50_ms,
-                    "p50_ratio_interval": ratio_interval(latency.rounds_ms, latencies[reference].rounds_ms),
-                    **asdict(work),
-                    **asdict(measure_footprint(path, **how)),
-                    "compute_share": peak and work.gflops and work.gflops / seconds / peak.gflops,
-                    "bandwidth_share": peak and work.traffic_mb and work.traffic_mb / 1e3 / seconds / peak.bandwidth_gbs,
-                    "loadgen": loadgen_s and run_loadgen(backend, prepared, seconds=loadgen_s, batch=throughput.best_batch),
-                    "runtime": backend.name,
-                    "device": backend.device,
-                    "precision": metadata.precision,
-                    "image_size_hw": list(metadata.image_size_hw),
-                    "model": metadata.model,
-                    "role": metadata.role,
-                    "method": metadata.method,
-                    "file_mb": path.stat().st_size / 1e6,
-                    "artifact_provenance": metadata.provenance,
-                }  # fmt: skip
-                rows.append(row)
+                rows.append(
+                    {
+                        "path": str(path),
+                        **_accuracy_of(accuracy, dataset),
+                        **asdict(latency),
+                        "p50_ratio": latency.p50_ms / latencies[reference].p50_ms,
+                        "p50_ratio_interval": ratio_interval(latency.rounds_ms, latencies[reference].rounds_ms),
+                        **_speed_of(backend, prepare_frames(backend, frames), loadgen_s),
+                        **_cost_of(path, latency, peaks[backend.device], how),
+                        **_identity_of(backend),
+                    }
+                )
                 advance()
         drawn = draw_frames(backends, dataset, accuracies, reference=reference) if pictures else []
     report = {
@@ -134,6 +115,51 @@ def benchmark(
         "provenance": provenance(),
     }
     return report, drawn
+
+
+def _accuracy_of(accuracy: Accuracy, dataset: SegmentationDataset) -> dict[str, Any]:
+    return {
+        **accuracy.scores.to_dict(),
+        "agreement": accuracy.agreement,
+        "worst_frame": dataset.name(accuracy.worst_frame),
+        "typical_frame": dataset.name(accuracy.typical_frame),
+    }
+
+
+def _speed_of(backend: Backend, prepared: Sequence[UInt8Array], loadgen_s: float | None) -> dict[str, Any]:
+    """Measure the stages of a frame and frames in batches, and have MLPerf's load generator do so where it is asked for."""
+    throughput = measure_throughput(backend, prepared)
+    return {
+        "stages_ms": backend.time_stages([prepared[i % len(prepared)] for i in range(STAGE_FRAMES)]),
+        "throughput": asdict(throughput) | {"fps_by_batch": {str(k): v for k, v in throughput.fps_by_batch.items()}},
+        "loadgen": loadgen_s and run_loadgen(backend, prepared, seconds=loadgen_s, batch=throughput.best_batch),
+    }
+
+
+def _cost_of(path: Path, latency: Latency, peak: Peak | None, how: dict[str, Any]) -> dict[str, Any]:
+    """Count the work of a frame, the share of the machine's peak that it reaches, and memory."""
+    work, seconds = count_work(path), latency.p50_ms / 1000
+    return {
+        **asdict(work),
+        **asdict(measure_footprint(path, **how)),
+        "compute_share": peak and work.gflops and work.gflops / seconds / peak.gflops,
+        "bandwidth_share": peak and work.traffic_mb and work.traffic_mb / 1e3 / seconds / peak.bandwidth_gbs,
+        "file_mb": path.stat().st_size / 1e6,
+    }
+
+
+def _identity_of(backend: Backend) -> dict[str, Any]:
+    metadata = backend.metadata
+    return {
+        "runtime": backend.name,
+        "device": backend.device,
+        "precision": metadata.precision,
+        "image_size_hw": list(metadata.image_size_hw),
+        "model": metadata.model,
+        "role": metadata.role,
+        "method": metadata.method,
+        "artifact_provenance": metadata.provenance,
+    }
 
 
 def _opened(path: Path, **how: Any) -> Backend:
