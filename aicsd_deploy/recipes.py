@@ -133,7 +133,6 @@ def _train(config: TrainConfig, out: Path, *, teacher: Teacher | None, resume: b
     """Train one network into `out`: best.pt, last.pt, metrics.jsonl, tensorboard/, curves.png, confusion.png, overlays.png
     and, when all is done, summary.json."""
     started = time.monotonic()
-    distilling = config if isinstance(config, DistillConfig) else None
     device = distributed.start(choose_device(config.device))
     out = distributed.from_main(out)
     if not resume and holds_a_run(out):
@@ -151,60 +150,92 @@ def _train(config: TrainConfig, out: Path, *, teacher: Teacher | None, resume: b
         listed(config.data, "val")
         network = build_model(config.model, num_classes=len(classes), backbone_weights=config.backbone_weights)
         train_data, val_data = open_checked(config.data, config.cache)
-        metadata = Metadata(
-            model=config.model,
-            classes=train_data.classes,
-            image_size_hw=_image_size(config, teacher, val_data),
-            role="teacher" if distilling is None else "student",
-            method="none" if distilling is None else distilling.method,
-            data=config.data,
-            provenance=provenance() | {"torch": torch.__version__},
-        )
-        if config.init is not None:
-            began = start_from(config.init, network, train_data.classes)
-            origin = {"init": str(config.init), "init_sha256": sha256(config.init)}
-            metadata = metadata.replace(mean=began.mean, std=began.std, provenance=metadata.provenance | origin)
-        if teacher is not None:
-            origin = {"teacher": teacher.name, "teacher_sha256": teacher.digest}
-            metadata = metadata.replace(provenance=metadata.provenance | origin)
+        metadata = _describe(config, teacher, network, train_data, val_data)
         network.to(device)
         _try(network, metadata, config.crop_size, device)
-        autocast = autocast_dtype(config.precision, device)
-        class_map = None if distilling is None else distilling.class_map
-        identity = {
-            "classes": metadata.class_names,
-            "training images": len(train_data),
-            "size of the images": list(metadata.image_size_hw),
-            "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
-            MAY_MOVE["data"]: _fingerprint(train_data, val_data),
-            MAY_MOVE["init"]: metadata.provenance.get("init_sha256"),
-            MAY_MOVE["class_map"]: None if class_map is None else sha256(class_map),
-        }
-        teacher_network, teacher_miou = None, None
-        if teacher is not None:
-            assert distilling is not None
-            teacher_network, teacher_miou = _ready_teacher(teacher, val_data, metadata, distilling, device)
-            lowered(teacher_network, autocast)
-            if config.compile:
-                teacher_network.compile()
-        distiller = Distiller(
-            nn.Sequential(Normalize(metadata), network).to(device),
-            teacher_network,
-            distilling,
-            epochs=config.epochs,
-            image_size_hw=metadata.image_size_hw,
-            known_classes=None if teacher is None else teacher.known_classes,
-            autocast=autocast,
-        )
-        if distilling is not None and distilling.qat != "off":
-            for name, low_high in imitate_int8(network, symmetric=distilling.qat == "tensorrt").items():
-                distiller.state.register_buffer(name, low_high)
+        distiller, scored = _distiller(config, network, metadata, teacher, val_data, device)
+        identity = _identity(config, metadata, train_data, val_data)
         Trainer(network, distiller, config, metadata, train_data, val_data, out, device, identity, stop).fit()
         summary = None
         if distributed.is_main():
-            scored = None if teacher is None else (teacher.name, teacher_miou)
             summary = _sum_up(config, out, val_data, device, started=started, teacher=scored)
     return distributed.from_main(summary) or {}
+
+
+def _describe(
+    config: TrainConfig,
+    teacher: Teacher | None,
+    network: nn.Module,
+    train_data: SegmentationDataset,
+    val_data: SegmentationDataset,
+) -> Metadata:
+    """Return what the checkpoints of a training say of themselves, once the network has the weights that it begins with."""
+    metadata = Metadata(
+        model=config.model,
+        classes=train_data.classes,
+        image_size_hw=_image_size(config, teacher, val_data),
+        role="student" if isinstance(config, DistillConfig) else "teacher",
+        method=config.method if isinstance(config, DistillConfig) else "none",
+        data=config.data,
+    )
+    origin = provenance() | {"torch": torch.__version__}
+    if config.init is not None:
+        began = start_from(config.init, network, train_data.classes)
+        metadata = metadata.replace(mean=began.mean, std=began.std)
+        origin |= {"init": str(config.init), "init_sha256": sha256(config.init)}
+    if teacher is not None:
+        origin |= {"teacher": teacher.name, "teacher_sha256": teacher.digest}
+    return metadata.replace(provenance=origin)
+
+
+def _distiller(
+    config: TrainConfig,
+    network: nn.Module,
+    metadata: Metadata,
+    teacher: Teacher | None,
+    val_data: SegmentationDataset,
+    device: torch.device,
+) -> tuple[Distiller, dict[str, Any] | None]:
+    """Return what gives the loss of a step, and which teacher it learns from with what mIoU."""
+    distilling = config if isinstance(config, DistillConfig) else None
+    autocast = autocast_dtype(config.precision, device)
+    teacher_network, scored = None, None
+    if teacher is not None:
+        assert distilling is not None
+        teacher_network, miou = _ready_teacher(teacher, val_data, metadata, distilling, device)
+        scored = {"path": teacher.name, "miou": miou}
+        lowered(teacher_network, autocast)
+        if config.compile:
+            teacher_network.compile()
+    distiller = Distiller(
+        nn.Sequential(Normalize(metadata), network).to(device),
+        teacher_network,
+        distilling,
+        epochs=config.epochs,
+        image_size_hw=metadata.image_size_hw,
+        known_classes=None if teacher is None else teacher.known_classes,
+        autocast=autocast,
+    )
+    if distilling is not None and distilling.qat != "off":
+        for name, low_high in imitate_int8(network, symmetric=distilling.qat == "tensorrt").items():
+            distiller.state.register_buffer(name, low_high)
+    return distiller, scored
+
+
+def _identity(
+    config: TrainConfig, metadata: Metadata, train_data: SegmentationDataset, val_data: SegmentationDataset
+) -> dict[str, Any]:
+    """Return what besides the settings must be the same for a run to go on."""
+    class_map = config.class_map if isinstance(config, DistillConfig) else None
+    return {
+        "classes": metadata.class_names,
+        "training images": len(train_data),
+        "size of the images": list(metadata.image_size_hw),
+        "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
+        MAY_MOVE["data"]: _fingerprint(train_data, val_data),
+        MAY_MOVE["init"]: metadata.provenance.get("init_sha256"),
+        MAY_MOVE["class_map"]: None if class_map is None else sha256(class_map),
+    }
 
 
 def _fingerprint(*datasets: SegmentationDataset) -> str:
@@ -280,7 +311,7 @@ def _sum_up(
     device: torch.device,
     *,
     started: float,
-    teacher: tuple[str, float | None] | None,
+    teacher: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Score best.pt once more from its file, draw the pictures, and write summary.json last of all."""
     checkpoint = load_checkpoint(out / BEST)
@@ -301,7 +332,7 @@ def _sum_up(
         "image_size_hw": list(checkpoint.metadata.image_size_hw),
         "parameters": sum(p.numel() for p in network.parameters()),
         "best_epoch": int(checkpoint.metadata.scores["epoch"]),
-        "teacher": None if teacher is None else {"path": teacher[0], "miou": teacher[1]},
+        "teacher": teacher,
         "seconds": round(time.monotonic() - started, 1),
         "config": config.model_dump(mode="json"),
         "provenance": checkpoint.metadata.provenance,
