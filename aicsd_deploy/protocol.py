@@ -21,7 +21,7 @@ from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.runtime.frames import resize_image
 
 STRIDE = 32
-"""Sizes are padded to multiples of this, which every common network takes."""
+"""Where a network takes only some sizes, pictures are padded to multiples of this, which every common network takes."""
 GREY = 114.0
 
 
@@ -31,7 +31,8 @@ class Protocol:
 
     Attributes:
         native: at their own size, instead of resized to the network's.
-        window_hw: in overlapping windows of this size (each two thirds of a window on), whose logits are averaged; None: whole.
+        window_hw: in overlapping windows of this size (each two thirds of a window on; no larger than the picture), whose
+            logits are averaged; None: whole.
         scales: at each of these factors; probabilities are averaged at the picture's own size.
         flip: mirrored too.
     """
@@ -48,6 +49,7 @@ class ProtocolSegmenter:
     def __init__(self, network: nn.Module, metadata: Metadata, protocol: Protocol, *, device: torch.device) -> None:
         self.metadata, self.protocol, self._device = metadata, protocol, device
         self._module = nn.Sequential(Normalize(metadata), network).to(device).eval()
+        self._takes_any_size = True  # until it has refused one
 
     @torch.inference_mode()
     def __call__(self, frame_bgr: UInt8Array) -> UInt8Array:
@@ -67,37 +69,42 @@ class ProtocolSegmenter:
 
     def _logits(self, image_BCHW: Tensor) -> Tensor:
         """Return the logits at the size of the image."""
-        window = self.protocol.window_hw
-        if window is None:
+        if self.protocol.window_hw is None:
             return self._whole(image_BCHW)
         height, width = image_BCHW.shape[2:]
-        padded = _pad(image_BCHW.float(), (max(height, window[0]), max(width, window[1])))
-        logits = torch.zeros(1, len(self.metadata.classes), *padded.shape[2:], device=self._device)
-        counts = torch.zeros(1, 1, *padded.shape[2:], device=self._device)
-        for top in _starts(padded.shape[2], window[0]):
-            for left in _starts(padded.shape[3], window[1]):
+        window = (min(self.protocol.window_hw[0], height), min(self.protocol.window_hw[1], width))
+        logits = torch.zeros(1, len(self.metadata.classes), height, width, device=self._device)
+        counts = torch.zeros(1, 1, height, width, device=self._device)
+        for top in _starts(height, window[0]):
+            for left in _starts(width, window[1]):
                 part = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-                logits[part] += self._whole(padded[part])
+                logits[part] += self._whole(image_BCHW[part])
                 counts[part] += 1
-        return (logits / counts)[..., :height, :width]
+        return logits / counts
 
     def _whole(self, image_BCHW: Tensor) -> Tensor:
+        """Return the logits at the size of the image, which is padded only for a network that does not take it as it is.
+
+        What is padded counts in every network that pools over the whole picture, and no paper's protocol has it.
+        """
         height, width = image_BCHW.shape[2:]
-        padded = _pad(image_BCHW.float(), (-(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE))
+        if self._takes_any_size:
+            try:
+                return _at_its_size(self._module, image_BCHW.float())
+            except (RuntimeError, ValueError, AssertionError):
+                self._takes_any_size = False
+        right, below = -width % STRIDE, -height % STRIDE
         try:
-            logits = self._module(padded)
-        except RuntimeError as error:
+            padded = F.pad(image_BCHW.float(), (0, right, 0, below), value=GREY)
+            return _at_its_size(self._module, padded)[..., :height, :width]
+        except (RuntimeError, ValueError, AssertionError) as error:
             raise InputError(
                 f"{self.metadata.model} cannot take images of {height}x{width}: {first_line(error)}"
             ) from error
-        full = F.interpolate(logits, size=padded.shape[2:], mode="bilinear", align_corners=False)
-        return full[..., :height, :width]
 
 
-def _pad(image_BCHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Return the image with grey to its right and below."""
-    right, below = size_hw[1] - image_BCHW.shape[3], size_hw[0] - image_BCHW.shape[2]
-    return F.pad(image_BCHW, (0, right, 0, below), value=GREY)
+def _at_its_size(module: nn.Module, image_BCHW: Tensor) -> Tensor:
+    return F.interpolate(module(image_BCHW), size=image_BCHW.shape[2:], mode="bilinear", align_corners=False)
 
 
 def _starts(length: int, window: int) -> Iterator[int]:

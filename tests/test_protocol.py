@@ -46,16 +46,31 @@ def test_every_way_gives_the_labels_of_a_network_that_is_right_everywhere() -> N
         assert (segmenter(frame()) == truth).all(), protocol
 
 
+class Choosy(Brightest):
+    """Takes multiples of 32 only, like most encoders of segmentation_models_pytorch."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images)
+        if any(length % 32 for length in images.shape[2:]):
+            raise RuntimeError("Wrong input shape")
+        return logits
+
+
 def test_sizes_that_the_network_sees() -> None:
-    for protocol, expected in (
-        (Protocol(native=True), {(64, 96)}),  # 50x70 padded to multiples of 32
-        (Protocol(), {(32, 32)}),
-        (Protocol(scales=(1.0, 2.0)), {(32, 32), (64, 64)}),
-        (Protocol(native=True, window_hw=(32, 64)), {(32, 64)}),
+    for kind, protocol, expected in (
+        (Brightest, Protocol(native=True), [(50, 70)]),
+        (Brightest, Protocol(), [(32, 32)]),
+        (Brightest, Protocol(scales=(1.0, 2.0)), [(32, 32), (64, 64)]),
+        (Brightest, Protocol(native=True, window_hw=(32, 70)), [(32, 70)] * 2),
+        (Brightest, Protocol(native=True, window_hw=(768, 768)), [(50, 70)]),
+        (Choosy, Protocol(native=True, flip=True), [(50, 70), (64, 96), (64, 96)]),  # it is asked once
+        (Choosy, Protocol(native=True, window_hw=(64, 64)), [(50, 64), (64, 64), (64, 64)]),
     ):
-        network = Brightest()
-        ProtocolSegmenter(network, METADATA, protocol, device=torch.device("cpu"))(frame())
-        assert set(network.sizes) == expected
+        network = kind()
+        segmenter = ProtocolSegmenter(network, METADATA, protocol, device=torch.device("cpu"))
+        labels = segmenter(frame())
+        assert network.sizes == expected
+        assert (labels == frame()[..., ::-1].argmax(axis=2)).all() or not protocol.native
 
 
 def test_scales_and_mirror_are_averaged_as_probabilities() -> None:
