@@ -211,7 +211,11 @@ def test_the_papers_checkpoint_format(tmp_path: Path) -> None:
             assert torch.equal(value, ours.state_dict()[name]), name
     dilations = [block.conv2.dilation[0] for block in teacher.network.backbone.stages[3]]  # type: ignore[union-attr]
     assert dilations == [2, 4, 8]
-    assert teacher.network(IMAGES[:1, :, :33, :33]).shape[:2] == (1, 21)
+    coarse: list[torch.Tensor] = []
+    teacher.network.classifier.register_forward_hook(lambda *about: coarse.append(about[2]))  # type: ignore[union-attr]
+    logits = teacher.network(IMAGES[:1, :, :33, :33])
+    assert logits.shape == (1, 21, 33, 33)
+    torch.testing.assert_close(logits[..., ::4, ::4], coarse[0], msg="logits are upsampled with aligned corners")
     del state["aspp.conv1.weight"]
     with pytest.raises(InputError, match=r"1 tensors are missing.*aspp\.conv1\.weight"):
         build_published(state, origin="x.pth")

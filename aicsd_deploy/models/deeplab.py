@@ -1,7 +1,8 @@
 """DeepLabV3+ as the AICSD paper uses it: plain convolutions, output stride 16.
 
 Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", arXiv 1802.02611;
-with plain 256-channel ASPP convolutions, a 48-channel low-level branch and two 256-channel 3×3 decoder convolutions.
+with plain 256-channel ASPP convolutions, a 48-channel low-level branch and two 256-channel 3×3 decoder convolutions. The code
+that the paper was written with (github.com/jfzhang95/pytorch-deeplab-xception) has a dropout of 0.5 between those two as well.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class ASPP(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+: normalised images (B, 3, H, W) to logits (B, num_classes, H/4, W/4), not upsampled."""
+    """DeepLabV3+: normalised images (B, 3, H, W) to logits (B, num_classes, H/4, W/4), not upsampled.
+
+    With `align_corners`, feature maps are upsampled with aligned corners, and logits too, to (B, num_classes, H, W): on that
+    grid nobody else reads them.
+    """
 
     def __init__(self, backbone: Backbone, num_classes: int, *, align_corners: bool = False) -> None:
         super().__init__()
@@ -62,4 +67,6 @@ class DeepLabV3Plus(nn.Module):
         low = self.low_level(maps[0])
         high = F.interpolate(self.aspp(maps[-1]), size=low.shape[2:], mode="bilinear", align_corners=self.align_corners)
         logits: Tensor = self.classifier(self.decoder(torch.cat([high, low], dim=1)))
+        if self.align_corners:
+            logits = F.interpolate(logits, size=images_BCHW.shape[2:], mode="bilinear", align_corners=True)
         return logits

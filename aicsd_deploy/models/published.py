@@ -2,7 +2,7 @@
 
 The format is that of github.com/jfzhang95/pytorch-deeplab-xception: a dictionary with `state_dict`, whose names begin with
 `backbone.`, `aspp.` and `decoder.`. Its network differs from ours in two ways, which are set here: the three blocks of the
-last stage are dilated by 2, 4 and 8 (a multi-grid), and features are upsampled with aligned corners.
+last stage are dilated by 2, 4 and 8 (a multi-grid), and features and logits are upsampled with aligned corners.
 """
 
 from __future__ import annotations
