@@ -76,10 +76,15 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
     teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
     say(f"teacher: {name} ({teacher.metadata.model})")
     compared = classes if teacher.known_classes is None else teacher.known_classes
-    if config.method in ("icsd", "aicsd") and config.icsd_normalize == "row" and len(compared) == 2:
+    if len(compared) == 2 and config.method in ("icsd", "aicsd") and config.icsd_normalize == "row":
         say(
             "warning: with two classes a row of the similarity matrix has one number, which length 1 makes 1 in student and "
             "teacher alike, so that the ICSD term is 0. Give --icsd-normalize none, and --balance 0.1 for its weight."
+        )
+    if len(compared) == 2 and config.method == "dist":
+        say(
+            "warning: with two classes the correlation of a pixel's two probabilities is 1 or -1, from which nothing is learnt; "
+            "what is left of dist is the correlation of each class over the pixels. --method cwd or kd use all."
         )
     return _train(config, out, teacher=teacher, resume=resume)
 

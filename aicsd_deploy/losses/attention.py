@@ -15,7 +15,8 @@ from aicsd_deploy.losses.common import check_map, precise
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean over images of ‖Q_s / ‖Q_s‖ − Q_t / ‖Q_t‖‖², where Q(x) = Σ_c F_c(x)² is where a network looks.
 
-    Squared, as in the authors' code, so that the gradient exists where both are equal.
+    Squared, as in the authors' code, so that the gradient exists where both are equal. That code takes the mean over positions
+    too: its weight divided by H · W is ours.
 
     Args:
         student: features (B, C_s, H, W).

@@ -55,6 +55,6 @@ def dist_loss(
 
 def _cosine(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
     """Return the cosine of the angle between vectors; of those with their mean taken off, it is Pearson's correlation."""
-    # Under the root, so that the gradient of a vector of zeros is zero and not NaN.
+    # Under the root, so that the gradient is zero and not NaN where both vectors are zeros.
     lengths = (a.square().sum(dim) * b.square().sum(dim) + EPS**2).sqrt()
     return (a * b).sum(dim) / lengths

@@ -17,7 +17,8 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean over images of Σ (G_s − G_t)² / C, where G_ij is the inner product of channels i and j.
 
     The rows of G are given length 1 first, so that neither the size of the maps nor the scale of the features counts; the
-    sum is over C × C entries and divided by C, as in the authors' code.
+    sum is over C × C entries and divided by C, as in the authors' code. Correlations are those of the whole map: for segmentation
+    the authors also cut it into a grid, and report 0.7 to 0.9 points of mIoU more for the best grid on VOC.
 
     Args:
         student: features (B, C, H, W), brought to the teacher's channels by a trained 1×1 convolution (`Distiller` has it).
