@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import TRUST_VARIABLE, is_trusted
 from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array, median_stages
 from aicsd_deploy.runtime.device_memory import Buffer, DeviceMemory, open_memory
 from aicsd_deploy.runtime.engine_card import EngineCard, holds, read_card, require_gpu_device
 from aicsd_deploy.runtime.tensorrt_module import NAMES, load_tensorrt, logger, require_tensorrt_gpu
 
 HOST_CODE = "tensorrt-host-code"
-"""In AICSD_TRUST: load version-compatible engines, which carry code for the CPU."""
+"""What AICSD_TRUST names to have version-compatible engines loaded, which carry code for the CPU."""
 _STAGES = (STAGES[0], STAGES[2], STAGES[4])
 """What an engine's time can be split into: upload, engine, download."""
 _PREPARING = threading.Lock()
@@ -220,10 +220,10 @@ def _context(trt: Any, engine: Any, card: EngineCard) -> Any:
 
 def _deserialize(trt: Any, runtime: Any, path: Path, card: EngineCard) -> Any:
     if card.options.get("version_compatible"):
-        if HOST_CODE not in os.environ.get("AICSD_TRUST", "").split(","):
+        if not is_trusted(HOST_CODE):
             raise InputError(
                 f"{path} is version-compatible, so it carries code that runs on the CPU. If you built it yourself, allow it: "
-                f"AICSD_TRUST={HOST_CODE}"
+                f"{TRUST_VARIABLE}={HOST_CODE}"
             )
         runtime.engine_host_code_allowed = True
     messages = logger(card.flavor).messages
