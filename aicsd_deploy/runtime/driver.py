@@ -25,6 +25,11 @@ class Gpu:
     cuda: tuple[int, int]
 
 
+def gpu_index(device: str) -> int:
+    """Return N of "cuda:N"; 0 for "cuda" and "auto", which name no GPU."""
+    return int(device.partition(":")[2] or 0)
+
+
 def require_gpu(index: int = 0, *, why: str) -> Gpu:
     """Return a GPU, or raise MissingDependencyError with what is missing; `why` says who needs it, as a full sentence.
 
