@@ -88,8 +88,9 @@ class Backend(ABC):
 
 
 def median_stages(runs: Sequence[dict[str, float]], *, kept: Sequence[str] = STAGES) -> dict[str, float]:
-    """Return the median of each stage over several runs, for `Backend.time_stages`."""
-    return {name: float(np.median([run[name] for run in runs])) for name in kept if runs and name in runs[0]}
+    """Return the median of each stage over all runs but the first, a warm-up, for `Backend.time_stages`."""
+    timed = runs[1:]
+    return {name: float(np.median([run[name] for run in timed])) for name in kept if timed and name in timed[0]}
 
 
 def open_backend(

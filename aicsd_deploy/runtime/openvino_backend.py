@@ -89,10 +89,8 @@ class OpenVinoBackend(Backend):
         runs = []
         for batch in batches_NHWC:
             request.infer([batch], share_inputs=True)
-            runs.append(
-                stages([(p.node_type, p.node_name, p.real_time.total_seconds() * 1000) for p in request.profiling_info])
-            )
-        return median_stages(runs[1:])
+            runs.append(stages([(p.node_type, p.real_time.total_seconds() * 1000) for p in request.profiling_info]))
+        return median_stages(runs)
 
 
 def _reason(error: Exception) -> str:

@@ -75,7 +75,7 @@ class TorchBackend(Backend):
             ) from error
 
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
-        runs = [self._stages_once(batch) for batch in batches_NHWC][1:]
+        runs = [self._stages_once(batch) for batch in batches_NHWC]
         kept = STAGES if self._device.type == "cuda" else STAGES[1:4]  # on a CPU nothing is moved
         return median_stages(runs, kept=kept)
 
