@@ -17,9 +17,10 @@ from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 
 RGB = tuple[int, int, int]
-_ADD_OR_LEAVE_OUT = "Add it, or take its line out of the split's list."
 LabelledImage = tuple[UInt8Array, UInt8Array]
-"""A picture, uint8 (H, W, 3) in red, green, blue, and its labels, uint8 (H, W): class indices, 255 where ignored."""
+"""A picture, uint8 (H, W, 3) in red, green, blue (from `load_bgr` the other way round), and its labels, uint8 (H, W): class
+indices, 255 where ignored."""
+_ADD_OR_LEAVE_OUT = "Add it, or take its line out of the split's list."
 
 
 class SegmentationDataset(ABC):

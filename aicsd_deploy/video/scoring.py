@@ -55,7 +55,7 @@ class Scorer(Sink):
         """Get ready.
 
         Raises:
-            InputError: there are fewer labels than `source` says it has frames. That may be wrong, but the message has a way out.
+            InputError: there are fewer labels than `source` says it has frames; since it may be wrong, the message names a way on.
         """
         expected = source.frame_count or 0
         if self._count < min(expected, self._max_frames or expected):
