@@ -96,7 +96,9 @@ def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[s
                 )
             groups[wanted.index(_plain(str(name)))].append(index)
     if sum(bool(group) for group in groups) < 2:
-        raise InputError(f"{path} gives the teacher fewer than two classes of the data set; there is nothing to learn.")
+        raise InputError(
+            f"{path} gives the teacher fewer than two classes of the data set; there is nothing to learn. Name more of them."
+        )
     unknown = [name for name, group in zip(ours, groups, strict=True) if not group]
     if unknown:
         say(

@@ -327,7 +327,9 @@ def _read_sbd(path: Path) -> UInt8Array:
         values = loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item()
         return np.ascontiguousarray(values, dtype=np.uint8)  # MATLAB's order is column by column, which OpenCV refuses
     except Exception as error:  # whatever a damaged file makes of the reader
-        raise InputError(f"{path} is no label file of SBD (a .mat with GTcls.Segmentation), or is damaged.") from error
+        raise InputError(
+            f"{path} is no label file of SBD (a .mat with GTcls.Segmentation), or is damaged. Copy it anew."
+        ) from error
 
 
 def _is_deep(picture: ImageFile.ImageFile) -> bool:

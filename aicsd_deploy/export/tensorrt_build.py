@@ -262,7 +262,9 @@ def _config(trt: Any, builder: Any, network: Any, options: BuildOptions) -> Any:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.dla_core is not None:
         if options.dla_core >= builder.num_DLA_cores:
-            raise InputError(f"--dla {options.dla_core}: this machine has {builder.num_DLA_cores} DLA cores.")
+            raise InputError(
+                f"--dla {options.dla_core}: this machine has {builder.num_DLA_cores} DLA cores, counted from 0."
+            )
         config.default_device_type = trt.DeviceType.DLA
         config.DLA_core = options.dla_core
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)

@@ -46,7 +46,9 @@ class OpenVinoBackend(Backend):
     def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None) -> None:
         """Load a file; see `open_backend`."""
         if device not in ("auto", "cpu"):
-            raise InputError(f"{path} was made for OpenVINO on a CPU and cannot run on --device {device}.")
+            raise InputError(
+                f"{path} was made for OpenVINO on a CPU and cannot run on --device {device}. Use --device cpu, or the float32 file."
+            )
         openvino = import_openvino()
         self._path = path
         # On a CPU with bfloat16 the plugin would compute float layers in it unasked, and change some labels.

@@ -38,7 +38,9 @@ def choose_device(name: str) -> torch.device:
                 f"--device {name}: this PyTorch ({torch.__version__}) can use no GPU here. Check nvidia-smi, or use --device cpu."
             )
         if index >= torch.cuda.device_count():
-            raise MissingDependencyError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs.")
+            raise MissingDependencyError(
+                f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from 0."
+            )
         return torch.device("cuda", index)
     return torch.device(name)
 

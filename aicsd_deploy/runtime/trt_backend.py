@@ -169,7 +169,9 @@ class _Lane:
             self._context.set_optimization_profile_async(profile, self._memory.handle(self._stream))
             self._profile = profile
         if not self._context.set_input_shape(self._input, shape_NHWC):
-            raise InputError(f"The engine does not take frames of shape {shape_NHWC}.")
+            raise InputError(
+                f"The engine does not take frames of shape {shape_NHWC}. Resize them, or build it again with a --profile that does."
+            )
         labels_shape = tuple(self._context.get_tensor_shape(self._output))
         frames = self._memory.buffer(int(np.prod(shape_NHWC)))
         labels = self._memory.buffer(int(np.prod(labels_shape)))

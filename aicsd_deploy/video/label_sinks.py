@@ -38,7 +38,7 @@ class PngSink(Sink):
         self.folder, self.name = folder, str(folder)
         self._classes = classes
         if folder.is_file():
-            raise InputError(f"Cannot write label maps into {folder}: it is a file.")
+            raise InputError(f"Cannot write label maps into {folder}: it is a file. Name a new folder.")
         if folder.is_dir() and next(folder.iterdir(), None) is not None:
             raise InputError(f"Cannot write label maps into {folder}: it is not empty. Name a new folder, or empty it.")
 

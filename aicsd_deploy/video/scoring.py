@@ -134,7 +134,7 @@ def _masks_in(folder: Path, num_classes: int) -> tuple[Callable[[int], UInt8Arra
 
     paths = in_order(folder, (".png",))
     if not paths:
-        raise InputError(f"{folder} holds no label maps (.png).")
+        raise InputError(f"{folder} holds no label maps (.png). Give the folder that holds one for each frame.")
 
     def labels_of(index: int) -> UInt8Array:
         labels = read_mask(paths[index])

@@ -129,7 +129,9 @@ class FolderSource(Source):
         self.frame_count = len(self._paths)
         first = next((image for image in map(read_image, self._paths) if image is not None), None)
         if first is None:
-            raise InputError(f"None of the {len(self._paths)} pictures in {folder} can be decoded; they are damaged.")
+            raise InputError(
+                f"None of the {len(self._paths)} pictures in {folder} can be decoded; they are damaged. Make or copy them again."
+            )
         self.size_hw = (first.shape[0], first.shape[1])
 
     def __iter__(self) -> Iterator[Frame]:
