@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,23 +80,15 @@ def match_classes(
 
 def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[str]) -> list[list[int]]:
     content = read_mapping(path, "The class map", holds="lines `student class: teacher class`")
-    plain = [_plain(name) for name in theirs or []]
     wanted = [_plain(name) for name in ours]
     groups: list[list[int]] = [[] for _ in ours]
     for name, sources in content.items():
         if _plain(str(name)) not in wanted:
             raise InputError(f"{path}: {name!r} is no class of the data set. It has {', '.join(ours)}.")
-        for source in sources if isinstance(sources, list) else [] if sources is None else [sources]:
-            index = source if type(source) is int else None  # not True, which `yes` is in YAML
-            if index is None and _plain(str(source)) in plain:
-                index = plain.index(_plain(str(source)))
-            if index is None or not 0 <= index < count:
-                known = (
-                    f"It has {', '.join(theirs)}."
-                    if theirs
-                    else f"It names none; write an index from 0 to {count - 1}."
-                )
-                raise InputError(f"{path}: {source!r} is no class of the teacher. {known}")
+        if sources is None:  # nothing behind the colon
+            continue
+        for source in sources if isinstance(sources, list) else [sources]:
+            index = _index_of(source, theirs, count, path)
             if any(index in group for group in groups):
                 raise InputError(
                     f"{path} names the teacher's class {source!r} twice: its probability would count twice, and what the teacher "
@@ -103,7 +96,9 @@ def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[s
                 )
             groups[wanted.index(_plain(str(name)))].append(index)
     if sum(bool(group) for group in groups) < 2:
-        raise InputError(f"{path} gives the teacher fewer than two classes of the data set; there is nothing to learn.")
+        raise InputError(
+            f"{path} gives the teacher fewer than two classes of the data set; there is nothing to learn. Name more of them."
+        )
     unknown = [name for name, group in zip(ours, groups, strict=True) if not group]
     if unknown:
         say(
@@ -111,6 +106,18 @@ def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[s
             "at, sp and ickd, which compare features)."
         )
     return groups
+
+
+def _index_of(source: Any, theirs: Sequence[str] | None, count: int, path: Path) -> int:
+    """Return the index of the teacher's class that a file calls `source`: its name or its index."""
+    plain = [_plain(name) for name in theirs or []]
+    index = source if type(source) is int else None  # not True, which `yes` is in YAML
+    if index is None and _plain(str(source)) in plain:
+        index = plain.index(_plain(str(source)))
+    if index is None or not 0 <= index < count:
+        known = f"It has {', '.join(theirs)}." if theirs else f"It names none; write an index from 0 to {count - 1}."
+        raise InputError(f"{path}: {source!r} is no class of the teacher. {known}")
+    return index
 
 
 def _plain(name: str) -> str:

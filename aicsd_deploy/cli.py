@@ -110,8 +110,8 @@ def points_of_100(text: str) -> float:
     return _number_to(100, text)
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Read "sm86,sm89" as its parts, each once, in small letters."""
+def gpu_targets(text: str) -> tuple[str, ...]:
+    """Read "sm86,sm89" as what TensorRT-RTX builds for: each once, in small letters."""
     found = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",") if part.strip()))
     if not found:
         raise argparse.ArgumentTypeError(

@@ -220,9 +220,9 @@ class Distiller:
         """Return each teacher term's λ: as set, or such that its gradient is `balance` times that of cross-entropy."""
         settings = self.settings
         if settings.balance is None:
-            fixed = {"kd": settings.lambda_kd, "icsd": settings.lambda_icsd}
-            own = settings.lambda_rival
-            return {n: fixed[n] if n in fixed else OWN_LAMBDA[n] if own is None else own for n in self.names}
+            rivals = OWN_LAMBDA if settings.lambda_rival is None else dict.fromkeys(OWN_LAMBDA, settings.lambda_rival)
+            lambdas = {"kd": settings.lambda_kd, "icsd": settings.lambda_icsd, **rivals}
+            return {name: lambdas[name] for name in self.names}
         sums = dict(self.state.named_buffers())
         if step < BALANCE_STEPS:
             norms = torch.stack([_gradient_norm(term, anchor) for term in terms.values()])

@@ -15,7 +15,8 @@ from aicsd_deploy.metrics import ConfusionMatrix
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
 
-Segmenter = Callable[[UInt8Array], UInt8Array]
+FrameToLabels = Callable[[UInt8Array], UInt8Array]
+"""From a frame, uint8 (H, W, 3) in blue, green, red, to its labels, uint8 (H, W)."""
 READERS = 4
 """Images that are read while a GPU segments one: to read a large one takes several times as long."""
 
@@ -25,7 +26,7 @@ def evaluate(
     dataset: SegmentationDataset,
     *,
     title: str = "scoring",
-    segmenter: Segmenter | None = None,
+    segmenter: FrameToLabels | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> ConfusionMatrix:
     """Segment every image and count the pixels.
@@ -34,8 +35,7 @@ def evaluate(
         backend: the network.
         dataset: the images.
         title: what the progress bar says.
-        segmenter: from a frame (uint8 (H, W, 3), blue, green, red) to labels (uint8 (H, W)); None does what the backend would
-            do in use (`segment`).
+        segmenter: what segments a frame; None does what the backend would do in use (`segment`).
         share: (k, n) takes images k, k + n, k + 2n, … only, so that n processes share the work.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from aicsd_deploy.errors import InputError
 
 SCHEMA_VERSION = 1
 ONNX_KEY = "aicsd_deploy"
+TRUST_VARIABLE = "AICSD_TRUST"
+"""The environment variable in which the user lists, with commas, the code that files may have run; see `is_trusted`."""
 IGNORE_LABEL = 255
 """The label value that no loss, score or picture counts, in every data set once it is loaded."""
 
@@ -148,6 +151,11 @@ def onnx_says(path: Path, key: str, value: str) -> bool:
     Their JSON stands in the file as it is, and so can be asked before there is a runtime or a package to read it.
     """
     return f'"{key}": "{value}"'.encode() in path.read_bytes()
+
+
+def is_trusted(name: str) -> bool:
+    """Return whether the user has allowed the code of this name, which a file names or carries, to run."""
+    return name in os.environ.get(TRUST_VARIABLE, "").split(",")
 
 
 def plain_text(text: Any) -> None:

@@ -59,7 +59,8 @@ def open_teacher(
     """Load a teacher and make it fit the student's classes.
 
     Args:
-        name: a checkpoint of train/teacher.py, or the paper's DeepLabV3+ checkpoint; hf:NAME or hf:FOLDER (transformers);
+        name: a checkpoint of train/teacher.py, or the paper's DeepLabV3+ checkpoint; hf:NAME or hf:FOLDER (transformers; a folder
+            with a config.json needs no hf:);
             torchvision:NAME or torchvision:NAME:WEIGHTS.pth; smp:FOLDER (save_pretrained of segmentation_models_pytorch);
             package.module:function.
         classes: the student's classes.

@@ -79,7 +79,7 @@ class Trainer:
         self._prepare()
         if self._at.step >= self._total and self._at.validated == self._at.step:
             if self._main:
-                self._last.clear()
+                self._last.clear_leftovers()
             say(f"{self.out}: already trained to the end ({self._total} steps).")
             return
         self._log: RunLog | None = None
@@ -89,7 +89,7 @@ class Trainer:
                 if self._main:
                     self._log = RunLog(self.out, keep_bytes=self._at.log_bytes, step=self._at.step)
                     stack.callback(self._log.close)
-                    self._last.clear()
+                    self._last.clear_leftovers()
                 self._loop()
             except Preempted as reason:
                 self._save()

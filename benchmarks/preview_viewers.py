@@ -9,6 +9,7 @@ frame after frame as the page does, but does not draw them: that is the browser'
 from __future__ import annotations
 
 import http.client
+import json
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,7 @@ def watch(port: int, seen: list[int]) -> None:
             if answer.status == 410:
                 break
             if answer.status == 200:
-                after = int((answer.getheader("X-Frame") or "").split('"number": ')[1].split(",")[0])
+                after = json.loads(answer.getheader("X-Frame") or "")["number"]
                 count += 1
     except OSError:
         pass

@@ -91,7 +91,8 @@ class Ours:
     def __call__(self, batch: Batch) -> None:
         self.step(batch, step=STEP, total=TOTAL, logs=False)
         self.step.clock.restart()  # a training reads it every --log-every steps
-        self.step.guard.broken_steps() if batch.images_BCHW.device.type == "cpu" else None
+        if batch.images_BCHW.device.type == "cpu":
+            self.step.guard.broken_steps()  # as a training does there at every step
 
 
 def build(

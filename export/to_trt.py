@@ -23,8 +23,8 @@ from aicsd_deploy.cli import (
     Parser,
     add_json_flag,
     fraction,
+    gpu_targets,
     keep_apart,
-    names,
     needed_packages,
     points_of_100,
     positive_int,
@@ -66,7 +66,7 @@ def make_parser() -> Parser:
     # fmt: off
     add("--tf32", action="store_true", help="let float32 layers compute in TF32 (10 bits of mantissa), on cards from Ampere on")
     add("--flavor", choices=["auto", "tensorrt", "rtx"], default="auto", help="TensorRT, or TensorRT-RTX for desktop cards; auto takes TensorRT where it can build, else TensorRT-RTX")
-    add("--target", dest="targets", type=names, default=(), metavar="SM,…", help="cards to build for, for example sm86,sm89,sm120 (RTX 30, 40, 50); TensorRT-RTX only; without it, every card from Ampere on")
+    add("--target", dest="targets", type=gpu_targets, default=(), metavar="SM,…", help="cards to build for, for example sm86,sm89,sm120 (RTX 30, 40, 50); TensorRT-RTX only; without it, every card from Ampere on")
     add("--profile", dest="profiles", type=shape_nhw, nargs=3, action="append", default=[], metavar=("MIN", "USUAL", "MAX"), help="shapes NxHxW that a dynamic engine is built for; may be given more than once, the first that fits is used (default: batches 1 to 8, sizes from half to one and a half)")
     add("--workspace", dest="workspace_mib", type=positive_int, metavar="MIB", help="scratch memory the engine may use (default: all that the card has)")
     add("--optimization-level", type=int, choices=range(6), metavar="0…5", help="how long TensorRT searches for fast kernels (default: its own, 3)")

@@ -307,6 +307,7 @@ def _answer(answer: Path, work: Callable[..., Any], arguments: Sequence[Any]) ->
 
 
 def _part(name: str, folder: Path) -> Any:
+    """Run a part by its name, which can be handed to another process as its lambda cannot."""
     return PARTS[name](folder)
 
 

@@ -33,7 +33,7 @@ from aicsd_deploy.runs import newest_artifact
 
 with needed_packages():
     from aicsd_deploy.data.spec import SPEC_HELP, SPLITS, open_dataset
-    from aicsd_deploy.evaluate import Segmenter, evaluate
+    from aicsd_deploy.evaluate import FrameToLabels, evaluate
     from aicsd_deploy.runtime.base import Backend, open_backend
 
 
@@ -50,7 +50,7 @@ def scales(text: str) -> tuple[float, ...]:
     return found
 
 
-def by_protocol(args: argparse.Namespace, backend: Backend, protocol: dict[str, Any]) -> Segmenter:
+def by_protocol(args: argparse.Namespace, backend: Backend, protocol: dict[str, Any]) -> FrameToLabels:
     """Return what segments frames as the flags of the protocol say."""
     if args.artifact is None or args.artifact.suffix != ".pt":
         raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from math import ceil, floor, log10
 from statistics import median
@@ -28,65 +28,60 @@ def pareto(
             rounds only, they go anywhere); what is cut off ends in an arrow.
         miou: fractions, 0 to 1.
     """
-    height, left, right, top, bottom = 376, _AXIS, 150, 32, 44
-    x_low = 0.8 * max(min(low for low, _ in intervals_ms), min(p50_ms) / 3)
-    x_high = 1.25 * min(max(high for _, high in intervals_ms), 3 * max(p50_ms))
+    left, right, top, bottom = _AXIS, WIDTH - 150, 32, 332  # of what lies between the axes, in pixels of the drawing
+    ms_low = 0.8 * max(min(low for low, _ in intervals_ms), min(p50_ms) / 3)
+    ms_high = 1.25 * min(max(high for _, high in intervals_ms), 3 * max(p50_ms))
+    x = _log_scale(ms_low, ms_high, left, right)
     spread = max(0.01, max(miou) - min(miou))
     y_low, y_high = min(miou) - 0.25 * spread, max(miou) + 0.25 * spread  # beyond 0 and 1 too: names need the room
 
-    def x(ms: float) -> float:
-        return left + (WIDTH - left - right) * (log10(ms / x_low) / log10(x_high / x_low))
-
     def y(score: float) -> float:
-        return top + (height - top - bottom) * (1 - (score - y_low) / (y_high - y_low))
+        return top + (bottom - top) * (1 - (score - y_low) / (y_high - y_low))
 
-    parts = []
-    for tick in _log_ticks(x_low, x_high):
-        parts.append(_line(x(tick), top, x(tick), height - bottom, "grid"))
-        parts.append(_text(x(tick), height - bottom + 18, f"{tick:g}", "middle"))
+    parts = _log_grid(ms_low, ms_high, x, top=top, bottom=bottom, text_y=bottom + 18)
     for tick in _ticks(max(0.0, 100 * y_low), min(100.0, 100 * y_high)):
-        parts.append(_line(left, y(tick / 100), WIDTH - right, y(tick / 100), "grid"))
+        parts.append(_line(left, y(tick / 100), right, y(tick / 100), "grid"))
         parts.append(_text(left - 8, y(tick / 100) + 4, f"{tick:g}", "end"))
-    parts.append(
-        _text(
-            (left + WIDTH - right) / 2,
-            height - 6,
-            "median latency, ms (logarithmic) – further left is faster",
-            "middle",
-        )
-    )
+    title = "median latency, ms (logarithmic) – further left is faster"
+    parts.append(_text((left + right) / 2, bottom + 38, title, "middle"))
     parts.append(_text(left - 48, 14, "mIoU, %", "start"))
-    best = [i for i in range(len(names)) if not _beaten(i, p50_ms, miou)]
-    best.sort(key=lambda i: p50_ms[i])
-    points = " ".join(f"{x(p50_ms[i]):.1f},{y(miou[i]):.1f}" for i in best)
+    at = [(x(ms), y(score)) for ms, score in zip(p50_ms, miou, strict=True)]
+    front = sorted((i for i in range(len(at)) if not _beaten(i, p50_ms, miou)), key=lambda i: p50_ms[i])
+    points = " ".join(f"{at[i][0]:.1f},{at[i][1]:.1f}" for i in front)
     parts.append(f'<polyline points="{points}" class="front"/>')
-    taken = [(x(ms) - 8, y(score) - 8, x(ms) + 8, y(score) + 8) for ms, score in zip(p50_ms, miou, strict=True)]
-    dots, labels = [], []
-    for i, (name, (low, high)) in enumerate(zip(names, intervals_ms, strict=True)):
-        at_x, at_y, kind = x(p50_ms[i]), y(miou[i]), f"s{i % 8}"
-        left_x, right_x = x(max(low, x_low)), x(min(high, x_high))
-        parts.append(_line(left_x, at_y, right_x, at_y, f"whisker {kind}"))
-        if low < x_low:
-            parts.append(_arrow(left_x, at_y, -1, kind))
-        if high > x_high:
-            parts.append(_arrow(right_x, at_y, 1, kind))
-        taken.append((left_x, at_y - 2, right_x, at_y + 2))
-        text = f"{name}: {p50_ms[i]:.2f} ms ({low:.2f} to {high:.2f}), {100 * miou[i]:.2f} %"
+    taken = [(at_x - 8, at_y - 8, at_x + 8, at_y + 8) for at_x, at_y in at]
+    dots = []
+    for i, (name, (at_x, at_y), (low, high)) in enumerate(zip(names, at, intervals_ms, strict=True)):
+        begin, end, kind = x(max(low, ms_low)), x(min(high, ms_high)), f"s{i % 8}"
+        parts.append(_line(begin, at_y, end, at_y, f"whisker {kind}"))
+        if low < ms_low:
+            parts.append(_arrow(begin, at_y, -1, kind))
+        if high > ms_high:
+            parts.append(_arrow(end, at_y, 1, kind))
+        taken.append((begin, at_y - 2, end, at_y + 2))
+        tip = f"{name}: {p50_ms[i]:.2f} ms ({low:.2f} to {high:.2f}), {100 * miou[i]:.2f} %"
         dots.append(
-            f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="6" class="{kind}"><title>{escape(text)}</title></circle>'
+            f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="6" class="{kind}"><title>{escape(tip)}</title></circle>'
         )
-    for i in sorted(range(len(names)), key=lambda i: y(miou[i])):
-        at_x, at_y = x(p50_ms[i]), y(miou[i])
-        label_x, label_y, anchor = _place_for_name(names[i], at_x, at_y, taken)
-        if abs(label_y - 4 - at_y) > 8:
-            parts.append(_line(at_x, at_y, label_x, label_y - 4, f"leader s{i % 8}"))
-        labels.append(_text(label_x, label_y, names[i], anchor, "label"))
-    parts += dots + labels  # on top of all lines
-    return _svg(height, "mIoU over latency", parts)
+    labels, leaders = _labels(names, at, taken)
+    parts += [*leaders, *dots, *labels]  # dots and names on top of all lines
+    return _svg(bottom + 44, "mIoU over latency", parts)
 
 
 _Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the drawing."""
+
+
+def _labels(names: Sequence[str], at: Sequence[tuple[float, float]], taken: list[_Box]) -> tuple[list[str], list[str]]:
+    """Return the names, each near its dot where nothing is taken yet, and lines that lead to those that had to go far."""
+    labels, leaders = [], []
+    for i in sorted(range(len(names)), key=lambda i: at[i][1]):
+        at_x, at_y = at[i]
+        label_x, label_y, anchor = _place_for_name(names[i], at_x, at_y, taken)
+        if abs(label_y - 4 - at_y) > 8:
+            leaders.append(_line(at_x, at_y, label_x, label_y - 4, f"leader s{i % 8}"))
+        labels.append(_text(label_x, label_y, names[i], anchor, "label"))
+    return labels, leaders
 
 
 def _place_for_name(name: str, at_x: float, at_y: float, taken: list[_Box]) -> tuple[float, float, str]:
@@ -144,14 +139,8 @@ def distributions(names: Sequence[str], times_ms: Sequence[Sequence[float]]) -> 
     """
     x_low, x_high = 0.9 * min(map(min, times_ms)), 1.1 * max(map(max, times_ms))
     height = 44 * len(names) + 40
-
-    def x(ms: float) -> float:
-        return _LEFT + (WIDTH - _LEFT - 16) * (log10(ms / x_low) / log10(x_high / x_low))
-
-    parts = []
-    for tick in _log_ticks(x_low, x_high):
-        parts.append(_line(x(tick), 4, x(tick), height - 30, "grid"))
-        parts.append(_text(x(tick), height - 14, f"{tick:g}", "middle"))
+    x = _log_scale(x_low, x_high, _LEFT, WIDTH - 16)
+    parts = _log_grid(x_low, x_high, x, top=4, bottom=height - 30, text_y=height - 14)
     parts.append(_text(_LEFT - 8, height - 14, "ms per frame", "end"))
     for row, (name, times) in enumerate(zip(names, times_ms, strict=True)):
         middle = 44 * row + 26
@@ -194,6 +183,22 @@ def _beaten(i: int, p50_ms: Sequence[float], miou: Sequence[float]) -> bool:
         p50_ms[k] <= p50_ms[i] and miou[k] >= miou[i] and (p50_ms[k], miou[k]) != (p50_ms[i], miou[i])
         for k in range(len(miou))
     )
+
+
+def _log_scale(low: float, high: float, left: float, right: float) -> Callable[[float], float]:
+    """Return what gives a number its place on a logarithmic axis that goes from `low` at `left` to `high` at `right`."""
+    return lambda value: left + (right - left) * (log10(value / low) / log10(high / low))
+
+
+def _log_grid(
+    low: float, high: float, x: Callable[[float], float], *, top: float, bottom: float, text_y: float
+) -> list[str]:
+    """Return the lines of a logarithmic axis and, at `text_y`, their numbers."""
+    parts = []
+    for tick in _log_ticks(low, high):
+        parts.append(_line(x(tick), top, x(tick), bottom, "grid"))
+        parts.append(_text(x(tick), text_y, f"{tick:g}", "middle"))
+    return parts
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

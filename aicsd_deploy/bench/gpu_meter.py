@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aicsd_deploy.runtime.driver import gpu_index
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -61,7 +63,7 @@ class GpuMeter:
         except ImportError:
             return None
         try:
-            return cls(pynvml, int(device.partition(":")[2] or 0))
+            return cls(pynvml, gpu_index(device))
         except pynvml.NVMLError:
             return None
 

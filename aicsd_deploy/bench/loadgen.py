@@ -43,7 +43,7 @@ def run_loadgen(backend: Backend, frames_NHWC: Sequence[UInt8Array], *, seconds:
         batch: how many samples the Offline scenario hands over at a time.
 
     Returns:
-        "single_stream_p90_ms", "offline_fps", and whether each result is valid by loadgen's own rules.
+        "single_stream_p90_ms", "offline_fps", "single_stream_valid" and "offline_valid" by loadgen's own rules, and "seconds".
     """
     single, single_valid = _scenario(backend, frames_NHWC, "SingleStream", seconds=seconds, batch=1)
     offline, offline_valid = _scenario(backend, frames_NHWC, "Offline", seconds=seconds, batch=batch)

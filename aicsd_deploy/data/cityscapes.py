@@ -57,7 +57,9 @@ def open_cityscapes(root: Path, split: str) -> FileDataset:
             )
         pairs.append(FilePair(image, label))
     if not pairs:
-        raise InputError(f"{images} holds no CITY/*{IMAGE_END}.")
+        raise InputError(
+            f"{images} holds no CITY/*{IMAGE_END}. Unpack leftImg8bit_trainvaltest.zip of Cityscapes into {root}."
+        )
     return FileDataset(
         pairs, classes=CITYSCAPES_CLASSES, label_values=TRAIN_IDS, spec=f"cityscapes:{root}", split=split
     )

@@ -17,9 +17,10 @@ from aicsd_deploy.metadata import IGNORE_LABEL, SegClass
 from aicsd_deploy.runtime.base import UInt8Array
 
 RGB = tuple[int, int, int]
-_ADD_OR_LEAVE_OUT = "Add it, or take its line out of the split's list."
 LabelledImage = tuple[UInt8Array, UInt8Array]
-"""A picture, uint8 (H, W, 3) in red, green, blue, and its labels, uint8 (H, W): class indices, 255 where ignored."""
+"""A picture, uint8 (H, W, 3) in red, green, blue (from `load_bgr` the other way round), and its labels, uint8 (H, W): class
+indices, 255 where ignored."""
+_ADD_OR_LEAVE_OUT = "Add it, or take its line out of the split's list."
 
 
 class SegmentationDataset(ABC):
@@ -326,7 +327,9 @@ def _read_sbd(path: Path) -> UInt8Array:
         values = loadmat(path, squeeze_me=True)["GTcls"]["Segmentation"].item()
         return np.ascontiguousarray(values, dtype=np.uint8)  # MATLAB's order is column by column, which OpenCV refuses
     except Exception as error:  # whatever a damaged file makes of the reader
-        raise InputError(f"{path} is no label file of SBD (a .mat with GTcls.Segmentation), or is damaged.") from error
+        raise InputError(
+            f"{path} is no label file of SBD (a .mat with GTcls.Segmentation), or is damaged. Copy it anew."
+        ) from error
 
 
 def _is_deep(picture: ImageFile.ImageFile) -> bool:

@@ -172,5 +172,7 @@ def _by_stem(folder: Path, what: str, *, end: str = "") -> dict[str, Path]:
             )
         files[stem] = path
     if not files:
-        raise InputError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}).")
+        raise InputError(
+            f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}). Put the {what} of this split there."
+        )
     return files

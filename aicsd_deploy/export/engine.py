@@ -26,7 +26,7 @@ from aicsd_deploy.export.engine_checks import (
     require_precision,
     usual_profile,
 )
-from aicsd_deploy.export.gate import LIMITS, Limits, Loss, measure_loss, require_within
+from aicsd_deploy.export.gate import LIMITS, Drop, Limits, measure_drop, require_within
 from aicsd_deploy.export.precision import Half, to_half, with_constants_as_initializers
 from aicsd_deploy.export.ranges import layer_errors, nodes_to_keep
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, Profile, build_engine
@@ -150,13 +150,13 @@ def make_engine(onnx_path: Path, out: Path, request: Request) -> EngineCard:
         with reference, _candidate(plan, card, runnable, gpu) as (candidate, what):
             say(f"comparing {what} with {reference_path}")
             sizes = _sizes(options.profiles, metadata)
-            loss = measure_loss(reference, candidate, validation, frames=request.frames, sizes=sizes)
+            drop = measure_drop(reference, candidate, validation, frames=request.frames, sizes=sizes)
         layers: list[str] = []
-        if graph is not model and not loss.within(limits):
+        if graph is not model and not drop.within(limits):
             errors = layer_errors(model, runnable, _calibration_frames(validation, metadata)[:2])
             layers = [f"{name} ({error:.2g})" for name, error in list(errors.items())[:3]]
-        require_within(loss, limits, what=str(out), layers=layers)
-        card = dataclasses.replace(card, gate=_gate(loss, limits, what, reference_path, validation.spec))
+        require_within(drop, limits, what=str(out), layers=layers)
+        card = dataclasses.replace(card, gate=_gate(drop, limits, what, reference_path, validation.spec))
         card.write(card_path(out))
     return card
 
@@ -250,17 +250,17 @@ def _sizes(profiles: Sequence[Profile], metadata: Metadata) -> list[tuple[int, i
     return list(dict.fromkeys((height, width) for profile in profiles for _, height, width in profile))
 
 
-def _gate(loss: Loss, limits: Limits, what: str, reference: Path, data: str) -> dict[str, object]:
+def _gate(drop: Drop, limits: Limits, what: str, reference: Path, data: str) -> dict[str, object]:
     return {
         "compared": what,
         "reference": str(reference),
         "data": data,
-        "frames": loss.agreement.frames,
-        "agreement": loss.agreement.share,
-        "agreement_by_size": loss.agreement.by_size,
-        "miou": loss.candidate_miou,
-        "reference_miou": loss.reference_miou,
-        "iou_drop": loss.iou_drop,
+        "frames": drop.agreement.frames,
+        "agreement": drop.agreement.share,
+        "agreement_by_size": drop.agreement.by_size,
+        "miou": drop.candidate_miou,
+        "reference_miou": drop.reference_miou,
+        "iou_drop": drop.iou_drop,
         "limits": asdict(limits),
     }
 

@@ -42,7 +42,7 @@ LIMITS = {
 
 
 @dataclass(frozen=True)
-class Loss:
+class Drop:
     """What an artefact lost against its reference.
 
     Attributes:
@@ -71,14 +71,14 @@ class Loss:
         return [f"{n} {-100 * d:+.1f}" for n, d in sorted(known.items(), key=lambda item: -item[1])[:count]]
 
 
-def measure_loss(
+def measure_drop(
     reference: Backend,
     candidate: Backend,
     dataset: SegmentationDataset,
     *,
     frames: int,
     sizes: Sequence[tuple[int, int]] | None = None,
-) -> Loss:
+) -> Drop:
     """Run both on labelled images.
 
     Args:
@@ -99,20 +99,20 @@ def measure_loss(
     names = reference.metadata.class_names
     ours = evaluate(candidate, some, title="scoring the engine").scores(names)
     theirs = evaluate(reference, some, title="scoring the reference").scores(names)
-    drop = {n: _difference(theirs.per_class_iou[n], ours.per_class_iou[n]) for n in names}
-    return Loss(agreement, theirs.miou, ours.miou, drop)
+    iou_drop = {n: _difference(theirs.per_class_iou[n], ours.per_class_iou[n]) for n in names}
+    return Drop(agreement, theirs.miou, ours.miou, iou_drop)
 
 
-def require_within(loss: Loss, limits: Limits, *, what: str, layers: Sequence[str] = ()) -> None:
+def require_within(drop: Drop, limits: Limits, *, what: str, layers: Sequence[str] = ()) -> None:
     """Raise VerificationError where more was lost than is allowed, naming the worst classes and the layers given."""
-    if loss.within(limits):
+    if drop.within(limits):
         return
-    size, share = loss.agreement.worst_size
+    size, share = drop.agreement.worst_size
     worst = f" Layers that add most error: {', '.join(layers)}." if layers else ""
     raise VerificationError(
         f"{what} does not do what the checkpoint does: at {size} they agree on {100 * share:.2f} % of the pixels (at least "
-        f"{100 * limits.agreement:g} % required), and mIoU changes by {-loss.miou_drop:+.2f} points (a fall of {limits.miou_drop:g} is allowed). It "
-        f"was not kept. Classes that lose most IoU: {', '.join(loss.worst_classes())}.{worst} Try a wider format, if there is one (--fp16 "
+        f"{100 * limits.agreement:g} % required), and mIoU changes by {-drop.miou_drop:+.2f} points (a fall of {limits.miou_drop:g} is allowed). It "
+        f"was not kept. Classes that lose most IoU: {', '.join(drop.worst_classes())}.{worst} Try a wider format, if there is one (--fp16 "
         "for int8 and fp8, else --fp32), or say what you accept with --min-agreement and --max-miou-drop."
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aicsd_deploy.console import percent, progress, say
@@ -19,7 +20,7 @@ from aicsd_deploy.runtime.base import Backend, open_backend
 COMPARED_FRAMES = 8
 
 
-@dataclass
+@dataclass(frozen=True)
 class Int8Result:
     """What was tried and what came of it; mIoU in fractions, 0 to 1.
 
@@ -76,54 +77,22 @@ def quantize_within(
         InputError: with `keep_float`, nothing is left to quantise.
         VerificationError: it loses more even with half of its layers in float.
     """
-    calibration = evenly_spread(len(train), frames)
-    others = [i for i in range(len(train)) if i not in set(calibration)] or list(range(len(train)))
-    chosen = [others[i] for i in evenly_spread(len(others), frames)]
-    held_out = Subset(train, chosen)
-    images = frames_for_comparison(Subset(train, calibration), count=len(calibration))
-    quantizer = Quantizer(source, images, target=target)
-    try:
+    calibration, held_out = _calibration_and_others(train, frames)
+    images = frames_for_comparison(calibration, count=len(calibration))
+    with closing(Quantizer(source, images, target=target)) as quantizer:
         with open_backend(source, device="cpu") as backend:
             float_scores = _scores(backend, val, "scoring the float file")
-        always = [quantizer.layers[{"first": 0, "last": -1}[name]] for name in keep_float]
-        if not set(quantizer.layers) - set(always):
+        kept = [quantizer.layers[{"first": 0, "last": -1}[name]] for name in keep_float]
+        if not set(quantizer.layers) - set(kept):
             raise InputError(
                 f"--keep-float {' '.join(keep_float)} leaves every layer of {source} in float (it has "
                 f"{len(quantizer.layers)}), so that nothing would be INT8. Keep fewer, or use the float32 file as it is."
             )
-        result = Int8Result(float_scores, float_scores, methods[0], float_layers=always)
-
-        def attempt(dataset: SegmentationDataset, method: str, layers: Sequence[str], title: str) -> Scores:
-            quantizer.write(out, method=method, float_layers=layers, notes={"int8_float_layers": " ".join(layers)})
-            with open_backend(out, device="cpu") as candidate:
-                return _scores(candidate, dataset, title)
-
-        for method in methods if len(methods) > 1 else ():
-            result.methods[method] = attempt(held_out, method, always, f"trying {method}").miou
-            say(f"{method}: {percent(result.methods[method])} % mIoU on {len(held_out)} training images")
-        proved = False
-        # The methods differ by little, so that the next one is tried before a layer is given up.
-        for method in sorted(methods, key=lambda name: -result.methods.get(name, 0.0)):
-            scores = attempt(val, method, always, f"proving {method}")
-            say(f"{method}: {_change(float_scores.miou - scores.miou)} on the validation images")
-            if not proved or scores.miou > result.int8_scores.miou:
-                result.method, result.int8_scores, proved = method, scores, True
-            if result.drop <= max_miou_drop:
-                break
+        search = _Search(quantizer, out, held_out, val, float_scores, kept, max_miou_drop)
+        result = search.try_methods(methods)
         if result.drop > max_miou_drop:
             say(f"{_change(result.drop)}, {100 * max_miou_drop:.2f} may be lost: looking for costly layers")
-            result.layer_costs = _layer_costs(quantizer, held_out, result.method)
-        costly = [name for name in result.layer_costs if name not in always]
-        ranked = sorted(costly, key=lambda name: -result.layer_costs[name])
-        half = len(ranked) // 2
-        for count in sorted({*(2**i for i in range(half.bit_length())), half} - {0}):
-            if result.drop <= max_miou_drop:
-                break
-            result.float_layers = [*always, *ranked[:count]]
-            result.int8_scores = attempt(val, result.method, result.float_layers, f"proving, {count} layers in float")
-            say(f"{count} layers in float: {_change(result.drop)}")
-    finally:
-        quantizer.close()
+            result = search.leave_layers_in_float(result)
     if result.drop > max_miou_drop:
         raise VerificationError(
             f"INT8 loses {100 * result.drop:.2f} points of mIoU ({percent(float_scores.miou)} to "
@@ -132,6 +101,71 @@ def quantize_within(
             "--max-miou-drop if you can afford it, or give more --frames."
         )
     return result
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Writes one INT8 form after the other to `out` and scores it there.
+
+    Attributes:
+        quantizer, out, val, float_scores, max_miou_drop: see `quantize_within`.
+        held_out: training images that calibration did not see.
+        kept: layers that stay in float anyway.
+    """
+
+    quantizer: Quantizer
+    out: Path
+    held_out: SegmentationDataset
+    val: SegmentationDataset
+    float_scores: Scores
+    kept: list[str]
+    max_miou_drop: float
+
+    def try_methods(self, methods: Sequence[str]) -> Int8Result:
+        """Return what the first calibration method within the limit gives, else the best; the best on training images go first."""
+        on_training_images = {}
+        for method in methods if len(methods) > 1 else ():
+            miou = self._attempt(self.held_out, method, self.kept, f"trying {method}").miou
+            say(f"{method}: {percent(miou)} % mIoU on {len(self.held_out)} training images")
+            on_training_images[method] = miou
+        results = []
+        # The methods differ by little, so that the next one is tried before a layer is given up.
+        for method in sorted(methods, key=lambda name: -on_training_images.get(name, 0.0)):
+            scores = self._attempt(self.val, method, self.kept, f"proving {method}")
+            result = Int8Result(self.float_scores, scores, method, on_training_images, float_layers=self.kept)
+            say(f"{method}: {_change(result.drop)} on the validation images")
+            results.append(result)
+            if result.drop <= self.max_miou_drop:
+                break
+        return max(results, key=lambda result: result.int8_scores.miou)
+
+    def leave_layers_in_float(self, result: Int8Result) -> Int8Result:
+        """Leave 1, 2, 4, … of the costliest layers in float, half of all at most, until the limit holds."""
+        costs = _layer_costs(self.quantizer, self.held_out, result.method)
+        result = replace(result, layer_costs=costs)
+        ranked = sorted((name for name in costs if name not in self.kept), key=lambda name: -costs[name])
+        half = len(ranked) // 2
+        for count in sorted({*(2**i for i in range(half.bit_length())), half} - {0}):
+            layers = [*self.kept, *ranked[:count]]
+            scores = self._attempt(self.val, result.method, layers, f"proving, {count} layers in float")
+            result = replace(result, int8_scores=scores, float_layers=layers)
+            say(f"{count} layers in float: {_change(result.drop)}")
+            if result.drop <= self.max_miou_drop:
+                break
+        return result
+
+    def _attempt(self, dataset: SegmentationDataset, method: str, layers: Sequence[str], title: str) -> Scores:
+        notes = {"int8_float_layers": " ".join(layers)}
+        self.quantizer.write(self.out, method=method, float_layers=layers, notes=notes)
+        with open_backend(self.out, device="cpu") as candidate:
+            return _scores(candidate, dataset, title)
+
+
+def _calibration_and_others(train: SegmentationDataset, frames: int) -> tuple[Subset, Subset]:
+    """Return `frames` images, evenly spread, and as many others, which are the same ones only where there are no others."""
+    calibration = evenly_spread(len(train), frames)
+    others = [i for i in range(len(train)) if i not in set(calibration)] or list(range(len(train)))
+    return Subset(train, calibration), Subset(train, [others[i] for i in evenly_spread(len(others), frames)])
 
 
 def _change(drop: float) -> str:

@@ -195,12 +195,10 @@ def read_precision(trt: Any, network: Any) -> PrecisionFound:
 
 
 def _own_kernel(trt: Any, layer: Any) -> tuple[int, str]:
-    kind = _computes_in(trt, layer.get_input(0), {})
-    convolution = layer
-    convolution.__class__ = (
-        trt.IConvolutionLayer if layer.type == trt.LayerType.CONVOLUTION else trt.IDeconvolutionLayer
-    )
-    return int(convolution.kernel.size), kind
+    """Return the size and the type of the weights that a convolution holds itself: in a strongly typed network, that of its input."""
+    # A network gives every layer as a plain ILayer, which has no kernel; NVIDIA's own code casts it so too.
+    layer.__class__ = trt.IConvolutionLayer if layer.type == trt.LayerType.CONVOLUTION else trt.IDeconvolutionLayer
+    return int(layer.kernel.size), _name(layer.get_input(0).dtype)
 
 
 def _stored(trt: Any, tensor: Any, made_by: dict[str, Any]) -> tuple[int, str] | None:
@@ -262,7 +260,9 @@ def _config(trt: Any, builder: Any, network: Any, options: BuildOptions) -> Any:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.dla_core is not None:
         if options.dla_core >= builder.num_DLA_cores:
-            raise InputError(f"--dla {options.dla_core}: this machine has {builder.num_DLA_cores} DLA cores.")
+            raise InputError(
+                f"--dla {options.dla_core}: this machine has {builder.num_DLA_cores} DLA cores, counted from 0."
+            )
         config.default_device_type = trt.DeviceType.DLA
         config.DLA_core = options.dla_core
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)

@@ -14,6 +14,7 @@ from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import as_input
 
 MIN_AGREEMENT = 0.995
+"""Share of pixels that an ONNX file must label as its checkpoint does, at every size."""
 BATCH = 4
 """How many frames are compared at once where the candidate takes any batch: enough to prove it, and not all, for memory's sake."""
 MOSTLY = 0.99
@@ -89,11 +90,11 @@ def compare(
     return Agreement(float(alike.sum() / total.sum()), by_size, by_class, largest, len(frames_bgr))
 
 
-def require_agreement(agreement: Agreement, *, what: str, minimum: float = MIN_AGREEMENT) -> None:
-    """Raise VerificationError where any size agrees on fewer pixels than `minimum`, naming the worst classes."""
+def require_agreement(agreement: Agreement, *, what: str) -> None:
+    """Raise VerificationError where any size agrees on fewer pixels than `MIN_AGREEMENT`, naming the worst classes."""
     agreement.say_if_it_proves_little()
     worst_size, worst = agreement.worst_size
-    if worst >= minimum:
+    if worst >= MIN_AGREEMENT:
         return
     known = {name: share for name, share in agreement.by_class.items() if share is not None}
     classes = ", ".join(
@@ -101,7 +102,7 @@ def require_agreement(agreement: Agreement, *, what: str, minimum: float = MIN_A
     )
     raise VerificationError(
         f"{what} does not do what the checkpoint does: at {worst_size} they agree on {100 * worst:.2f} % of the pixels, at "
-        f"least {100 * minimum:.2f} % are required (worst classes: {classes}). It was not kept. "
+        f"least {100 * MIN_AGREEMENT:.2f} % are required (worst classes: {classes}). It was not kept. "
         f"{'Export without --dynamic size, or report' if len(agreement.by_size) > 1 else 'Report'} the network."
     )
 

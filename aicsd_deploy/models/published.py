@@ -83,7 +83,10 @@ def build_published(state: Mapping[str, Tensor], *, origin: str) -> nn.Module:
         elif not name.endswith("num_batches_tracked"):  # old files have none, and nothing needs it
             missing.append(theirs)
     if missing:
-        raise InputError(f"{origin}: {len(missing)} tensors are missing or of another shape, {missing[0]} for one.")
+        raise InputError(
+            f"{origin}: {len(missing)} tensors are missing or of another shape, {missing[0]} for one. Copy the file anew, or wrap the "
+            "network in your own function: --teacher package.module:function."
+        )
     network.load_state_dict(mapped, strict=False)
     return network.eval()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
+from aicsd_deploy.metadata import TRUST_VARIABLE, is_trusted
 from aicsd_deploy.models.backbones import Backbone, mobilenet_v2, resnet
 from aicsd_deploy.models.deeplab import DeepLabV3Plus
 from aicsd_deploy.models.lraspp import LRASPP
@@ -25,8 +25,8 @@ _BACKBONES: dict[str, Callable[..., Backbone]] = {
 }
 _HEADS: dict[str, Callable[[Backbone, int], nn.Module]] = {"deeplabv3plus": DeepLabV3Plus, "lraspp": LRASPP}
 MODEL_NAMES = tuple(f"{head}_{backbone}" for head in _HEADS for backbone in _BACKBONES)
-TRUST_VARIABLE = "AICSD_TRUST"
-_trusted: set[str] = set()
+_given_by_the_user: set[str] = set()
+"""Names of code that the user gave to this very process: files may name it too."""
 
 
 def build_model(
@@ -113,12 +113,12 @@ def load_callable(name: str, num_classes: int, *, from_artifact: bool = False) -
     Raises:
         InputError: it cannot be imported or called, makes no network, or an artefact names it and it is not trusted.
     """
-    if from_artifact and name not in _trusted | set(os.environ.get(TRUST_VARIABLE, "").split(",")):
+    if from_artifact and name not in _given_by_the_user and not is_trusted(name):
         raise InputError(
             f"This checkpoint asks for your own code {name!r}. Nothing that a file names is run unless you say so. If you trust "
             f"it: export {TRUST_VARIABLE}={name}"
         )
-    _trusted.add(name)
+    _given_by_the_user.add(name)
     module_name, function_name = name.split(":", 1)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

@@ -88,8 +88,9 @@ class Backend(ABC):
 
 
 def median_stages(runs: Sequence[dict[str, float]], *, kept: Sequence[str] = STAGES) -> dict[str, float]:
-    """Return the median of each stage over several runs, for `Backend.time_stages`."""
-    return {name: float(np.median([run[name] for run in runs])) for name in kept if runs and name in runs[0]}
+    """Return the median of each stage over all runs but the first, a warm-up, for `Backend.time_stages`."""
+    timed = runs[1:]
+    return {name: float(np.median([run[name] for run in timed])) for name in kept if timed and name in timed[0]}
 
 
 def open_backend(
@@ -108,19 +109,20 @@ def open_backend(
         MissingDependencyError: the runtime or the device that it needs is not there.
     """
     path = Path(path)
-    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in SUFFIXES:
         raise InputError(f"{path} is not an artefact this toolkit runs. It takes {', '.join(SUFFIXES)} files.")
     existing_file(path, "The artefact")
     # Each runtime is imported only when a file asks for it, so that a device needs only the one it uses.
-    if path.suffix.lower() == ".onnx" and onnx_says(path, "int8_target", "openvino"):
+    if suffix == ".onnx" and onnx_says(path, "int8_target", "openvino"):
         from aicsd_deploy.runtime.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(path, device=device, threads=threads)
-    if path.suffix.lower() == ".onnx":
+    if suffix == ".onnx":
         from aicsd_deploy.runtime.ort_backend import OrtBackend
 
         return OrtBackend(path, device=device, threads=threads)
-    if path.suffix.lower() == ".plan":
+    if suffix == ".plan":
         from aicsd_deploy.runtime.trt_backend import TensorRTBackend
 
         return TensorRTBackend(path, device=device, memory=memory)

@@ -25,6 +25,11 @@ class Gpu:
     cuda: tuple[int, int]
 
 
+def gpu_index(device: str) -> int:
+    """Return N of "cuda:N"; 0 for "cuda" and "auto", which name no GPU."""
+    return int(device.partition(":")[2] or 0)
+
+
 def require_gpu(index: int = 0, *, why: str) -> Gpu:
     """Return a GPU, or raise MissingDependencyError with what is missing; `why` says who needs it, as a full sentence.
 
@@ -47,7 +52,7 @@ def require_gpu(index: int = 0, *, why: str) -> Gpu:
     cuda.cuDeviceGetCount(ctypes.byref(count))
     cuda.cuDriverGetVersion(ctypes.byref(version))
     if index >= count.value:
-        raise MissingDependencyError(f"{why} There is no GPU {index}: the driver sees {count.value}.")
+        raise MissingDependencyError(f"{why} There is no GPU {index}: the driver sees {count.value}, counted from 0.")
     device, major, minor, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
     cuda.cuDeviceGet(ctypes.byref(device), index)
     cuda.cuDeviceGetName(name, len(name), device)

@@ -15,7 +15,7 @@ from typing import Any, cast
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.files import existing_file, sha256, write_json
 from aicsd_deploy.metadata import Metadata, refuse_newer
-from aicsd_deploy.runtime.driver import Gpu
+from aicsd_deploy.runtime.driver import Gpu, gpu_index
 from aicsd_deploy.runtime.tensorrt_module import NAMES, Flavor
 
 SCHEMA_VERSION = 1
@@ -149,7 +149,7 @@ def require_gpu_device(device: str, plan: Path) -> int:
             f"{plan} is a TensorRT engine, which runs on NVIDIA GPUs only, and --device cpu was asked for. Run the .onnx file it "
             "was built from."
         )
-    return int(device.partition(":")[2] or 0)
+    return gpu_index(device)
 
 
 def _gpu(value: Any) -> Gpu | None:

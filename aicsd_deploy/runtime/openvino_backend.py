@@ -46,7 +46,9 @@ class OpenVinoBackend(Backend):
     def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None) -> None:
         """Load a file; see `open_backend`."""
         if device not in ("auto", "cpu"):
-            raise InputError(f"{path} was made for OpenVINO on a CPU and cannot run on --device {device}.")
+            raise InputError(
+                f"{path} was made for OpenVINO on a CPU and cannot run on --device {device}. Use --device cpu, or the float32 file."
+            )
         openvino = import_openvino()
         self._path = path
         # On a CPU with bfloat16 the plugin would compute float layers in it unasked, and change some labels.
@@ -89,10 +91,8 @@ class OpenVinoBackend(Backend):
         runs = []
         for batch in batches_NHWC:
             request.infer([batch], share_inputs=True)
-            runs.append(
-                stages([(p.node_type, p.node_name, p.real_time.total_seconds() * 1000) for p in request.profiling_info])
-            )
-        return median_stages(runs[1:])
+            runs.append(stages([(p.node_type, p.real_time.total_seconds() * 1000) for p in request.profiling_info]))
+        return median_stages(runs)
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.runtime.base import Backend, UInt8Array, median_stages
+from aicsd_deploy.runtime.driver import gpu_index
 from aicsd_deploy.runtime.operators import stages
 from aicsd_deploy.runtime.ort_profile import profile
 
@@ -50,7 +51,7 @@ class OrtBackend(Backend):
                 f"{path} is no ONNX file that ONNX Runtime {ort.__version__} can load, or it is damaged: "
                 f"{first_line(error).rstrip('.')}. Export or copy it again."
             ) from error
-        self._assert_provider(device)
+        self.device = self._device_in_use(asked=device)
         self.metadata = _read_metadata(self._session, path)
         if self.metadata.provenance.get("int8_target") == "tensorrt":
             # The CPU stands in for TensorRT here. Its own integer kernels saturate on 8-bit weights where it has no VNNI.
@@ -62,7 +63,7 @@ class OrtBackend(Backend):
             name = self._session.get_inputs()[0].name
             self._run = lambda frames_NHWC: self._session.run(None, {name: frames_NHWC})[0]
         else:
-            self._run = BoundRuns(ort, self._session, *self.device.split(":"))
+            self._run = BoundRuns(ort, self._session, self.device)
 
     def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:
         self.check_frames(frames_NHWC)
@@ -90,23 +91,23 @@ class OrtBackend(Backend):
         self._disabled = [*DISABLED_OPTIMIZERS, "ClipQuantRewrite"]
         return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=self._disabled)
 
-    def _assert_provider(self, device: str) -> None:
-        """Refuse the silent change to the CPU that ONNX Runtime makes when CUDA's libraries are missing."""
+    def _device_in_use(self, *, asked: str) -> str:
+        """Return "cpu" or "cuda:N"; refuse the silent change to the CPU that ONNX Runtime makes when CUDA's libraries are missing."""
         first = self._session.get_providers()[0]
-        if device.startswith("cuda") and first != "CUDAExecutionProvider":
+        if asked.startswith("cuda") and first != "CUDAExecutionProvider":
             raise MissingDependencyError(
-                f"--device {device}: ONNX Runtime could not start its CUDA provider and would run on the CPU instead. Its CUDA "
+                f"--device {asked}: ONNX Runtime could not start its CUDA provider and would run on the CPU instead. Its CUDA "
                 "and cuDNN libraries or the driver are missing. Install 'aicsd-deploy[gpu]', or use --device cpu."
             )
-        index = device.partition(":")[2] or "0"
-        self.device = f"cuda:{index}" if first == "CUDAExecutionProvider" else "cpu"
+        return f"cuda:{gpu_index(asked)}" if first == "CUDAExecutionProvider" else "cpu"
 
 
 class BoundRuns:
     """Runs a session with its input in a place of its own on a device, so that nothing is allocated for a frame; one at a time."""
 
-    def __init__(self, ort: Any, session: Any, device: str, index: str) -> None:
-        self._ort, self._session, self._device, self._index = ort, session, device, int(index)
+    def __init__(self, ort: Any, session: Any, device: str) -> None:
+        self._ort, self._session = ort, session
+        self._device, self._index = device.partition(":")[0], gpu_index(device)
         self._input, self._output = session.get_inputs()[0].name, session.get_outputs()[0].name
         self._place: Any = None
         self._lock = threading.Lock()
@@ -126,7 +127,7 @@ class BoundRuns:
 
 
 def _providers(ort: Any, device: str) -> list[Any]:
-    cuda = ("CUDAExecutionProvider", {"device_id": device.partition(":")[2] or "0"})
+    cuda = ("CUDAExecutionProvider", {"device_id": str(gpu_index(device))})
     has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if device.startswith("cuda") and not has_cuda:
         raise MissingDependencyError(
@@ -136,7 +137,7 @@ def _providers(ort: Any, device: str) -> list[Any]:
     if device == "cpu" or not has_cuda:
         return ["CPUExecutionProvider"]
     if hasattr(ort, "preload_dlls"):
-        # CUDA and cuDNN from pip lie where no loader looks. What is missing it prints; `_assert_provider` says it better.
+        # CUDA and cuDNN from pip lie where no loader looks. What is missing it prints; `_device_in_use` says it better.
         with redirect_stdout(io.StringIO()):
             ort.preload_dlls()
     return [cuda, "CPUExecutionProvider"]

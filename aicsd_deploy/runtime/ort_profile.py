@@ -13,17 +13,17 @@ from aicsd_deploy.runtime.base import UInt8Array
 
 def profile(
     path: Path, options: Any, providers: Sequence[Any], disabled: Sequence[str], batches_NHWC: Sequence[UInt8Array]
-) -> list[list[Any]]:
+) -> list[list[tuple[str, float]]]:
     """Run a file with the profiler on; profiling slows it, so it gets a session of its own.
 
     Args:
         path: the .onnx file.
         options: the `SessionOptions` to run it with; profiling is switched on in them for this call.
         providers, disabled: providers and disabled optimizers, as `InferenceSession` takes them.
-        batches_NHWC: uint8 (N, H, W, 3) each; the first is a warm-up and is left out.
+        batches_NHWC: uint8 (N, H, W, 3) each.
 
     Returns:
-        for each batch the operators in the order they ran, as (operator type, node name, milliseconds).
+        for each batch the operators in the order they ran, as (type, milliseconds).
     """
     import onnxruntime as ort
 
@@ -42,7 +42,4 @@ def profile(
     runs = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == "model_run"]
     nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
     nodes.sort(key=lambda event: event["ts"])
-    return [
-        [(e["args"]["op_name"], e["name"], e["dur"] / 1000) for e in nodes if start <= e["ts"] <= end]
-        for start, end in runs[1:]
-    ]
+    return [[(e["args"]["op_name"], e["dur"] / 1000) for e in nodes if start <= e["ts"] <= end] for start, end in runs]

@@ -17,6 +17,7 @@ from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array, median_stages
+from aicsd_deploy.runtime.driver import gpu_index
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,13 +32,15 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda"):
-        index = int(name[5:] or 0)
+        index = gpu_index(name)
         if not torch.cuda.is_available():
             raise MissingDependencyError(
                 f"--device {name}: this PyTorch ({torch.__version__}) can use no GPU here. Check nvidia-smi, or use --device cpu."
             )
         if index >= torch.cuda.device_count():
-            raise MissingDependencyError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs.")
+            raise MissingDependencyError(
+                f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from 0."
+            )
         return torch.device("cuda", index)
     return torch.device(name)
 
@@ -74,7 +77,7 @@ class TorchBackend(Backend):
             ) from error
 
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:
-        runs = [self._stages_once(batch) for batch in batches_NHWC][1:]
+        runs = [self._stages_once(batch) for batch in batches_NHWC]
         kept = STAGES if self._device.type == "cuda" else STAGES[1:4]  # on a CPU nothing is moved
         return median_stages(runs, kept=kept)
 

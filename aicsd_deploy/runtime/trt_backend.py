@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import TRUST_VARIABLE, is_trusted
 from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array, median_stages
 from aicsd_deploy.runtime.device_memory import Buffer, DeviceMemory, open_memory
 from aicsd_deploy.runtime.engine_card import EngineCard, holds, read_card, require_gpu_device
 from aicsd_deploy.runtime.tensorrt_module import NAMES, load_tensorrt, logger, require_tensorrt_gpu
 
 HOST_CODE = "tensorrt-host-code"
-"""In AICSD_TRUST: load version-compatible engines, which carry code for the CPU."""
+"""What AICSD_TRUST names to have version-compatible engines loaded, which carry code for the CPU."""
 _STAGES = (STAGES[0], STAGES[2], STAGES[4])
 """What an engine's time can be split into: upload, engine, download."""
 _PREPARING = threading.Lock()
@@ -89,7 +89,7 @@ class TensorRTBackend(Backend):
         lane = self._lanes.get()
         try:
             with self._memory.current():
-                runs = [lane.time_once(batch) for batch in batches_NHWC][1:]
+                runs = [lane.time_once(batch) for batch in batches_NHWC]
         finally:
             self._lanes.put(lane)
         return median_stages(runs)
@@ -169,7 +169,9 @@ class _Lane:
             self._context.set_optimization_profile_async(profile, self._memory.handle(self._stream))
             self._profile = profile
         if not self._context.set_input_shape(self._input, shape_NHWC):
-            raise InputError(f"The engine does not take frames of shape {shape_NHWC}.")
+            raise InputError(
+                f"The engine does not take frames of shape {shape_NHWC}. Resize them, or build it again with a --profile that does."
+            )
         labels_shape = tuple(self._context.get_tensor_shape(self._output))
         frames = self._memory.buffer(int(np.prod(shape_NHWC)))
         labels = self._memory.buffer(int(np.prod(labels_shape)))
@@ -220,10 +222,10 @@ def _context(trt: Any, engine: Any, card: EngineCard) -> Any:
 
 def _deserialize(trt: Any, runtime: Any, path: Path, card: EngineCard) -> Any:
     if card.options.get("version_compatible"):
-        if HOST_CODE not in os.environ.get("AICSD_TRUST", "").split(","):
+        if not is_trusted(HOST_CODE):
             raise InputError(
                 f"{path} is version-compatible, so it carries code that runs on the CPU. If you built it yourself, allow it: "
-                f"AICSD_TRUST={HOST_CODE}"
+                f"{TRUST_VARIABLE}={HOST_CODE}"
             )
         runtime.engine_host_code_allowed = True
     messages = logger(card.flavor).messages

@@ -24,7 +24,7 @@ from aicsd_deploy.study.config import StudyConfig
 from aicsd_deploy.teachers import open_teacher
 from aicsd_deploy.tracking import read_log
 from aicsd_deploy.training.last import BEST
-from aicsd_deploy.training.resume import FREE_TO_CHANGE, check_same_run
+from aicsd_deploy.training.resume import FREE_TO_CHANGE, changes, check_same_run
 from aicsd_deploy.training.start import settled
 
 CELL = "cell.json"
@@ -79,8 +79,7 @@ def _finished_cell(
     cell: dict[str, Any] = json.loads((folder / CELL).read_text(encoding="utf-8"))
     ours = settings.model_dump(mode="json")
     theirs = DistillConfig().model_dump(mode="json") | cell["settings"]  # what an older version did not know was so
-    changed = [k for k in ours if k not in FREE_TO_CHANGE and ours[k] != theirs[k]]
-    lines = [f"  {k}: was {theirs[k]!r}, now {ours[k]!r}" for k in changed]
+    lines = [f"  {text}" for name, text in changes(ours, theirs).items() if name not in FREE_TO_CHANGE]
     if settings.teacher is not None and "teacher_sha256" in cell:  # cells of an older version do not say it
         was, now = cell["teacher_sha256"], sha256_of(settings.teacher, settings.data, settings.class_map)
         if was != now:

@@ -62,7 +62,7 @@ class LastCheckpoints:
         for path in self._older()[: 1 - self.keep or None]:
             path.unlink()
 
-    def clear(self) -> None:
+    def clear_leftovers(self) -> None:
         """Remove what writes that were killed have left; only while no other process writes here."""
         for leftover in self.folder.glob(".*.tmp*"):
             leftover.unlink()

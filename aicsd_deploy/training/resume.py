@@ -23,6 +23,15 @@ MAY_MOVE = {
 """Settings that name files, and what tells that these are the same in another place, such as a job's own scratch folder."""
 
 
+def changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
+    """Return what has changed from `theirs` to `ours`, in words, by the name of the setting; what only one has is passed over."""
+    return {
+        name: f"{name}: was {theirs[name]!r}, now {value!r}"
+        for name, value in ours.items()
+        if name in theirs and theirs[name] != value
+    }
+
+
 def check_same_run(
     ours: dict[str, Any], theirs: dict[str, Any], *, folder: Path, defaults: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
@@ -37,8 +46,7 @@ def check_same_run(
         InputError: they make it another run.
     """
     theirs = dict(defaults) | theirs
-    changed = {name: f"{name}: was {theirs[name]!r}, now {ours[name]!r}" for name in ours if name in theirs}
-    changed = {name: text for name, text in changed.items() if ours[name] != theirs[name]}
+    changed = changes(ours, theirs)
     free = FREE_TO_CHANGE | {name for name, content in MAY_MOVE.items() if content in ours and content in theirs}
     refused = [f"  {text}" for name, text in changed.items() if name not in free]
     if refused:

@@ -53,7 +53,9 @@ def start_from(path: Path, network: nn.Module, classes: tuple[SegClass, ...]) ->
     checkpoint = load_checkpoint(path)
     theirs, ours = checkpoint.metadata.class_names, [c.name for c in classes]
     if theirs != ours:
-        raise InputError(f"{path} knows the classes {', '.join(theirs)}; this data has {', '.join(ours)}.")
+        raise InputError(
+            f"{path} knows the classes {', '.join(theirs)}; this data has {', '.join(ours)}. Give another --init, or none."
+        )
     checkpoint.load_into(network)
     say(f"starting from {path}")
     return checkpoint.metadata

@@ -52,8 +52,8 @@ class Stopwatch:
     """Times the stages; each stage runs in its own thread."""
 
     def __init__(self, backend: str) -> None:
-        self._recent_s: dict[str, deque[float]] = {name: deque(maxlen=_KEPT) for name in (*STAGES, "age")}
-        self._counts = dict.fromkeys(self._recent_s, 0)
+        self._kept_s: dict[str, deque[float]] = {name: deque(maxlen=_KEPT) for name in (*STAGES, "age")}
+        self._counts = dict.fromkeys(self._kept_s, 0)
         self._shown_s: deque[float] = deque(maxlen=_RECENT)
         self._infer_s: deque[float] = deque(maxlen=_RECENT)
         self._figures, self._renewed_s = Figures(backend), 0.0
@@ -108,13 +108,13 @@ class Stopwatch:
         """Return how many frames a stage has worked on."""
         return self._counts[stage]
 
-    def recent_ms(self, stage: str) -> npt.NDArray[np.float64]:
-        """Return the times of the last frames, in milliseconds."""
-        return np.array(self._recent_s[stage], dtype=np.float64) * 1000
+    def kept_ms(self, stage: str) -> npt.NDArray[np.float64]:
+        """Return the times that are kept: of all frames, or of the last 20,000; in milliseconds."""
+        return np.array(self._kept_s[stage], dtype=np.float64) * 1000
 
     def _note(self, stage: str, seconds: float) -> None:
         with self._lock:
-            self._recent_s[stage].append(seconds)
+            self._kept_s[stage].append(seconds)
             self._counts[stage] += 1
             if stage == "infer":
                 self._infer_s.append(seconds)

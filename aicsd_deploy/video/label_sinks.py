@@ -38,7 +38,7 @@ class PngSink(Sink):
         self.folder, self.name = folder, str(folder)
         self._classes = classes
         if folder.is_file():
-            raise InputError(f"Cannot write label maps into {folder}: it is a file.")
+            raise InputError(f"Cannot write label maps into {folder}: it is a file. Name a new folder.")
         if folder.is_dir() and next(folder.iterdir(), None) is not None:
             raise InputError(f"Cannot write label maps into {folder}: it is not empty. Name a new folder, or empty it.")
 
@@ -126,15 +126,13 @@ def run_lengths(labels: UInt8Array, names: Sequence[str]) -> dict[str, Any]:
     """
     column_by_column = labels.ravel(order="F")
     starts = np.concatenate(([0], np.flatnonzero(np.diff(column_by_column)) + 1, [labels.size]))
-    values, lengths = column_by_column[starts[:-1]], np.diff(starts)
+    values, begins, ends = column_by_column[starts[:-1]], starts[:-1], starts[1:]
     counts: dict[str, list[int]] = {}
     for value in np.unique(values):
         if value >= len(names):
             continue
-        inside = np.flatnonzero(values == value)
-        ends = np.cumsum(lengths)
-        begins, stops = ends[inside] - lengths[inside], ends[inside]
-        edges = np.stack([begins, stops], axis=1).ravel()
+        inside = values == value
+        edges = np.stack([begins[inside], ends[inside]], axis=1).ravel()
         counts[names[value]] = np.diff(np.concatenate(([0], edges, [labels.size]))).tolist()
     return {
         "size": list(labels.shape),

@@ -75,7 +75,7 @@ class LiveSource(Source):
         try:
             self._first = self._connection.read()
             if self._first is None:
-                raise InputError(f"{name} ended before its first picture.")
+                raise InputError(f"{name} ended before its first picture. Check that it is running.")
         except ConnectionLostError as error:
             self._connection.close()
             raise InputError(f"{name} gives no picture: {error}. Check that it is running and reachable.") from error

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -130,10 +132,32 @@ def process_video(
     for segmenter in segmenters:  # warms up, and fails before there is an output
         segmenter(np.zeros((*source.size_hw, 3), np.uint8))
     watch = Stopwatch(f"{backends[0].name} {backends[0].metadata.precision}")
-    smoother = LabelSmoother(smooth)
+    render = _renderer(sink, overlay, LabelSmoother(smooth), watch)
+    start_s = time.perf_counter()
+    # Stop lasts until the sink has finished, which a second Ctrl-C does not wait for.
+    with Stop(also=source.cancel) as stop, sink.open(source):
+        threads, rendered = _stages(stop, source, segmenters, render, watch, depth=depth, max_frames=max_frames)
+        with _running(threads, stop, source):
+            frames_out = _drain(rendered, sink, watch, stop, source, max_frames)
+        if stop.error is not None:
+            raise stop.error
+        if not frames_out and not stop.interrupted:
+            raise InputError(f"{source.name} gave no frame.")
+    return VideoResult(
+        frames_in=watch.count("decode"),
+        frames_out=frames_out,
+        skipped=source.skipped,
+        seconds=time.perf_counter() - start_s,
+        times_ms={stage: watch.kept_ms(stage) for stage in STAGES},
+        age_ms=watch.kept_ms("age"),
+        ended=_how_it_ended(source, stop, reached_max=frames_out == max_frames),
+        reconnects=source.reconnects,
+        resize=segmenters[0].describe(source.size_hw),
+    )
 
-    def infer(segmenter: Segmenter) -> Callable[[Frame], Frame]:
-        return watch.timed("infer", lambda frame: replace(frame, labels=segmenter(frame.image_bgr)))
+
+def _renderer(sink: Sink, overlay: Overlay, smoother: LabelSmoother, watch: Stopwatch) -> Callable[[Frame], Frame]:
+    """Return what smooths the labels of a frame and draws on it what the sink wants."""
 
     def render(frame: Frame) -> Frame:
         assert frame.labels is not None
@@ -144,53 +168,54 @@ def process_video(
         overlay.draw(frame.image_bgr, labels, hud=watch.figures().line())
         return replace(frame, labels=labels, plain_bgr=plain)
 
-    seconds = -time.perf_counter()
-    with (
-        Stop(also=source.cancel) as stop,
-        sink.open(source),
-    ):  # a second Ctrl-C ends the process while the sink finishes
-        lanes = [[Lane(stop, 1 if source.live else depth, newest=source.live) for _ in segmenters] for _ in range(2)]
-        to_infer, to_render = (Fan(each) for each in lanes)
-        to_encode = Lane(stop, 1 if source.live else depth, newest=source.live)
-        # Of a file each frame is shown, so that none need be decoded after the last.
-        decoded = watch.timed_each("decode", source if source.live else islice(source, max_frames))
-        threads = [
-            _stage_thread(stop, "decode", decoded, lambda frame: frame, to_infer),
-            *(
-                _stage_thread(
-                    stop, "infer", _fresh(before, source.fps) if source.live else before, infer(segmenter), after
-                )
-                for segmenter, before, after in zip(segmenters, *lanes, strict=True)
-            ),
-            _stage_thread(stop, "render", to_render, watch.timed("render", render), to_encode),
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            frames_out = _drain(to_encode, sink, watch, stop, source, max_frames)
-        finally:
-            stop.set()
-            for thread in threads:
-                if thread.ident is not None:  # it has been started
-                    thread.join(READING_ENDS_S if thread is threads[0] else None)
-            source.left = threads[0].is_alive()
-        if stop.error is not None:
-            raise stop.error
-        if not frames_out and not stop.interrupted:
-            raise InputError(f"{source.name} gave no frame.")
-    seconds += time.perf_counter()
-    frames_in = watch.count("decode")
-    return VideoResult(
-        frames_in,
-        frames_out,
-        source.skipped,
-        seconds,
-        {stage: watch.recent_ms(stage) for stage in STAGES},
-        watch.recent_ms("age"),
-        _how_it_ended(source, stop, reached_max=frames_out == max_frames),
-        source.reconnects,
-        segmenters[0].describe(source.size_hw),
-    )
+    return render
+
+
+def _stages(
+    stop: Stop,
+    source: Source,
+    segmenters: Sequence[Segmenter],
+    render: Callable[[Frame], Frame],
+    watch: Stopwatch,
+    *,
+    depth: int,
+    max_frames: int | None,
+) -> tuple[list[threading.Thread], Lane]:
+    """Return the threads of all stages but the last, the one that decodes first, and the lane that rendered frames come from."""
+
+    def lane() -> Lane:
+        return Lane(stop, 1 if source.live else depth, newest=source.live)
+
+    to_infer, to_render = ([lane() for _ in segmenters] for _ in range(2))
+    rendered = lane()
+    # Of a file each frame is shown, so that none need be decoded after the last.
+    decoded = watch.timed_each("decode", source if source.live else islice(source, max_frames))
+    threads = [_stage_thread(stop, "decode", decoded, lambda frame: frame, Fan(to_infer))]
+    for segmenter, before, after in zip(segmenters, to_infer, to_render, strict=True):
+        frames: Iterable[Frame] = _fresh(before, source.fps) if source.live else before
+        infer = watch.timed("infer", partial(_segmented, segmenter))
+        threads.append(_stage_thread(stop, "infer", frames, infer, after))
+    threads.append(_stage_thread(stop, "render", Fan(to_render), watch.timed("render", render), rendered))
+    return threads, rendered
+
+
+def _segmented(segmenter: Segmenter, frame: Frame) -> Frame:
+    return replace(frame, labels=segmenter(frame.image_bgr))
+
+
+@contextmanager
+def _running(threads: Sequence[threading.Thread], stop: Stop, source: Source) -> Iterator[None]:
+    """Run threads beside the block; at its end stop them all and wait for them, for the first, which the source may hold, not long."""
+    try:
+        for thread in threads:
+            thread.start()
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:  # it has been started
+                thread.join(READING_ENDS_S if thread is threads[0] else None)
+        source.left = threads[0].is_alive()
 
 
 def _how_it_ended(

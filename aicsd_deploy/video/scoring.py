@@ -55,7 +55,7 @@ class Scorer(Sink):
         """Get ready.
 
         Raises:
-            InputError: there are fewer labels than `source` says it has frames. That may be wrong, but the message has a way out.
+            InputError: there are fewer labels than `source` says it has frames; since it may be wrong, the message names a way on.
         """
         expected = source.frame_count or 0
         if self._count < min(expected, self._max_frames or expected):
@@ -134,7 +134,7 @@ def _masks_in(folder: Path, num_classes: int) -> tuple[Callable[[int], UInt8Arra
 
     paths = in_order(folder, (".png",))
     if not paths:
-        raise InputError(f"{folder} holds no label maps (.png).")
+        raise InputError(f"{folder} holds no label maps (.png). Give the folder that holds one for each frame.")
 
     def labels_of(index: int) -> UInt8Array:
         labels = read_mask(paths[index])

@@ -127,15 +127,17 @@ class FolderSource(Source):
                 f"The folder {folder} has no pictures. It needs files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
             )
         self.frame_count = len(self._paths)
-        first = next((image for image in map(read_image, self._paths) if image is not None), None)
+        first = next((image for image in map(read_image_bgr, self._paths) if image is not None), None)
         if first is None:
-            raise InputError(f"None of the {len(self._paths)} pictures in {folder} can be decoded; they are damaged.")
+            raise InputError(
+                f"None of the {len(self._paths)} pictures in {folder} can be decoded; they are damaged. Make or copy them again."
+            )
         self.size_hw = (first.shape[0], first.shape[1])
 
     def __iter__(self) -> Iterator[Frame]:
         index = 0
         for path in self._paths:
-            image = read_image(path)
+            image = read_image_bgr(path)
             if image is None:
                 self.skipped += 1
                 continue
@@ -269,7 +271,7 @@ def fit(image_bgr: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
     return canvas
 
 
-def read_image(path: Path) -> UInt8Array | None:
+def read_image_bgr(path: Path) -> UInt8Array | None:
     """Return a picture file as uint8 (H, W, 3) in BGR; None if it cannot be decoded."""
     data = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8)
     try:

@@ -28,7 +28,7 @@ from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, MissingDependencyError, VerificationError
 from aicsd_deploy.export.engine import choose_flavor
 from aicsd_deploy.export.engine_checks import require_precision
-from aicsd_deploy.export.gate import measure_loss
+from aicsd_deploy.export.gate import measure_drop
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.ranges import layer_errors
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, build_engine
@@ -330,14 +330,14 @@ def test_frames_are_compared_a_few_at_a_time() -> None:
 
 def test_the_gates_images_are_spread_over_all() -> None:
     backend, seen = ByBrightness(Metadata("m", SCENES.classes, (16, 16))), Seen(31)
-    measure_loss(backend, backend, seen, frames=16)
+    measure_drop(backend, backend, seen, frames=16)
     assert seen.taken == set(range(0, 31, 2))
 
 
 def test_a_damaged_image_is_bad_input_and_no_verdict() -> None:
     backend = ByBrightness(Metadata("m", SCENES.classes, (16, 16)))
     with pytest.raises(InputError, match=r"^2\.png is damaged"):
-        measure_loss(backend, backend, Seen(3, broken=2), frames=3)
+        measure_drop(backend, backend, Seen(3, broken=2), frames=3)
 
 
 def test_pspnet_of_any_size_is_refused(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_bound_input_and_output_give_the_same_labels(trained: Path) -> None:
     import onnxruntime as ort
 
     session = ort.InferenceSession(trained / "runs/student/student.onnx", providers=["CPUExecutionProvider"])
-    bound = BoundRuns(ort, session, "cpu", "0")
+    bound = BoundRuns(ort, session, "cpu")
     generator, found = np.random.default_rng(0), []
     for _ in range(3):  # the first makes the place, the others use it again
         frames = generator.integers(0, 256, (1, *SIZE_HW, 3), dtype=np.uint8)

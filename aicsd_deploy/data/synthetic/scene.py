@@ -1,8 +1,6 @@
-"""One frame, or a drive of any length: the street is painted, then taken as a camera would take it."""
+"""One frame of a drive: the street is painted, then taken as a camera would take it."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -87,11 +85,3 @@ def render_scene(
     if scene.mirror:  # where people drive on the left
         image, labels = image[:, ::-1], labels[:, ::-1]
     return np.ascontiguousarray(image), np.ascontiguousarray(labels)
-
-
-def scene_video(
-    seed: int, *, seconds: float, fps: float = 25.0, size_hw: tuple[int, int] = NATIVE_SIZE_HW
-) -> Iterator[tuple[UInt8Array, UInt8Array]]:
-    """Yield the frames of a drive, as `render_scene` draws them at 0, 1/fps, 2/fps, … below `seconds`."""
-    for k in range(round(seconds * fps)):
-        yield render_scene(seed, time_s=k / fps, size_hw=size_hw)
