@@ -155,7 +155,7 @@ def onnx_says(path: Path, key: str, value: str) -> bool:
 
 def is_trusted(name: str) -> bool:
     """Return whether the user has allowed the code of this name, which a file names or carries, to run."""
-    return name in os.environ.get(TRUST_VARIABLE, "").split(",")
+    return name in (part.strip() for part in os.environ.get(TRUST_VARIABLE, "").split(","))
 
 
 def plain_text(text: Any) -> None:
