@@ -23,7 +23,14 @@ from aicsd_deploy.files import check_writable
 from aicsd_deploy.runs import newest_comparison
 
 with needed_packages():
-    from aicsd_deploy.bench.gate import Rule, other_machine, read_baseline, require_comparable, require_no_worse
+    from aicsd_deploy.bench.gate import (
+        Rule,
+        other_machine,
+        read_baseline,
+        require_baseline,
+        require_comparable,
+        require_no_worse,
+    )
     from aicsd_deploy.bench.report import benchmark
     from aicsd_deploy.bench.report_files import write_report
     from aicsd_deploy.bench.tables import names_of, noise, summary
@@ -44,13 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_runtime_flags(parser, threads="CPU threads for every network (default: as the runtimes choose)")
     parser.add_argument("--rounds", type=positive_int, metavar="N", default=20, help="rounds of timing, 5 frames each")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier report.json, for --fail-if")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier report.json, to compare with")
     parser.add_argument(
         "--fail-if",
         metavar="RULE",
         action="append",
         default=[],
-        help="p50_ms>1.1x (ratio), miou<-0.005 (difference) or p50_ms>20 (value); may be given again",
+        help="end with exit code 3 if p50_ms>1.1x (ratio to the baseline), miou<-0.005 (difference from it) or p50_ms>20 (value, "
+        "which needs no baseline); any number of report.json; may be given again",
     )
     parser.add_argument(
         "--loadgen", metavar="SECONDS", type=positive_int, help="also run MLPerf's load generator, so long per scenario"
@@ -63,11 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = args.artifacts or newest_comparison()
     if args.reference is not None and args.reference not in paths:
         raise InputError(f"--reference {args.reference} is none of the artefacts: {', '.join(map(str, paths))}.")
-    if bool(args.baseline) != bool(args.fail_if):
-        raise InputError(
-            "--baseline and --fail-if go together: one is the report to compare with, the other the limit."
-        )
     rules = [Rule.parse(text) for text in args.fail_if]
+    require_baseline(args.baseline, rules)
     baseline = read_baseline(args.baseline) if args.baseline else None
     out = args.out or paths[-1].parent
     check_writable(out / "report.json")
@@ -98,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in noise(report):
         say(f"noisy: {line}")
     say("\n".join(str(path) for path in written) + f" (of {names_of(report)[-1]})")
-    if baseline:
-        if differs := other_machine(report, baseline):
-            say(f"warning: the baseline was measured otherwise, so that times say little: {differs}")
+    if baseline and (differs := other_machine(report, baseline)):
+        say(f"warning: the baseline was measured otherwise, so that times say little: {differs}")
+    if rules:
         say("\n".join(require_no_worse(report, baseline, rules)))
 
 

@@ -1,4 +1,4 @@
-"""A report against an earlier one: limits that fail somebody's CI."""
+"""A report against limits, and against an earlier report: what fails somebody's CI."""
 
 from __future__ import annotations
 
@@ -59,11 +59,25 @@ class Rule:
         kind = "ratio" if match["ratio"] else "difference" if limit[0] in "+-" else "value"
         return cls(text, match["metric"], match["sign"] == ">", float(limit), kind)
 
-    def measured(self, new: float, old: float) -> float:
-        """Return what the limit is compared with."""
+    def measured(self, new: float, old: float | None) -> float:
+        """Return what the limit is compared with; there is nothing old where no rule needs it."""
+        if self.kind == "value" or old is None:
+            return new
         if self.kind == "ratio":
             return new / old if old else float("inf")
-        return new - old if self.kind == "difference" else new
+        return new - old
+
+
+def require_baseline(baseline: Path | None, rules: Sequence[Rule]) -> None:
+    """Raise InputError unless an earlier report is given where, and only where, there is something to hold against it."""
+    relative = [rule for rule in rules if rule.kind != "value"]
+    if baseline is None and relative:
+        raise InputError(
+            f"--fail-if {relative[0].text!r} compares with an earlier report: name its report.json with --baseline, or give a value "
+            "as the limit (p50_ms>20)."
+        )
+    if baseline is not None and not rules:
+        raise InputError("--baseline is compared by --fail-if: say when it fails (p50_ms>1.1x).")
 
 
 def read_baseline(path: Path) -> dict[str, Any]:
@@ -123,8 +137,8 @@ def require_comparable(
     return partners
 
 
-def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Sequence[Rule]) -> list[str]:
-    """Hold every artefact against its partner in an earlier report.
+def require_no_worse(report: dict[str, Any], baseline: dict[str, Any] | None, rules: Sequence[Rule]) -> list[str]:
+    """Hold every artefact against limits, and against its partner in an earlier report if there is one.
 
     Returns:
         one line for each comparison, all of which passed.
@@ -135,21 +149,26 @@ def require_no_worse(report: dict[str, Any], baseline: dict[str, Any], rules: Se
     """
     rows = report["artifacts"]
     paths = [row["path"] for row in rows]
-    partners = require_comparable(paths, report["reference"], baseline, rules)
+    partners: Sequence[dict[str, Any] | None] = [None] * len(rows)
+    if baseline is not None:
+        partners = require_comparable(paths, report["reference"], baseline, rules)
     passed: list[str] = []
     failed: list[str] = []
     for name, row, partner in zip(short_names(paths), rows, partners, strict=True):
-        _require_same_labels(name, report, row, baseline, partner)
+        if baseline is not None and partner is not None:
+            _require_same_labels(name, report, row, baseline, partner)
         for rule in rules:
             _require_number(rule, name, row)
-            value, before = row[rule.metric], partner[rule.metric]
+            value, before = row[rule.metric], None if partner is None else partner[rule.metric]
             found = rule.measured(value, before)
             broken = found > rule.limit if rule.above else found < rule.limit
-            shown = {"ratio": f"{found:.3f}x", "difference": f"{found:+.4g}", "value": f"{found:.4g}"}[rule.kind]
-            line = f"{name}: {rule.metric} {before:.4g} -> {value:.4g} ({shown}; fails if {rule.text})"
+            was = "" if before is None else f"{before:.4g} -> "
+            shown = {"ratio": f"{found:.3f}x; ", "difference": f"{found:+.4g}; ", "value": ""}[rule.kind]
+            line = f"{name}: {rule.metric} {was}{value:.4g} ({shown}fails if {rule.text})"
             (failed if broken else passed).append(line)
     if failed:
-        raise VerificationError("Worse than the baseline:\n  " + "\n  ".join(failed))
+        title = "Beyond the limits:" if baseline is None else "Worse than the baseline:"
+        raise VerificationError(title + "\n  " + "\n  ".join(failed))
     return passed
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aicsd_deploy.bench.gate import Rule, other_machine, read_baseline, require_no_worse
+from aicsd_deploy.bench.gate import Rule, other_machine, read_baseline, require_baseline, require_no_worse
 from aicsd_deploy.bench.report import SCHEMA_VERSION
 from aicsd_deploy.bench.tables import short_names
 from aicsd_deploy.errors import InputError, VerificationError
@@ -54,6 +54,20 @@ def test_all_that_fails_is_listed() -> None:
     assert "(-0.1; fails if miou<-0.01)" in str(error.value)
     assert "(+0.1; fails if" in require_no_worse(report(miou=0.6), report(), rules[1:])[0]
     assert error.value.exit_code == 3
+
+
+def test_a_value_needs_no_baseline() -> None:
+    rules = [Rule.parse("p50_ms>9"), Rule.parse("miou<0.6"), Rule.parse("miou<0.4")]
+    require_baseline(None, rules)
+    assert require_no_worse(report(), None, rules[2:]) == ["s.onnx: miou 0.5 (fails if miou<0.4)"]
+    with pytest.raises(VerificationError) as error:
+        require_no_worse(report(), None, rules)
+    assert str(error.value).splitlines()[1:] == [
+        "  s.onnx: p50_ms 10 (fails if p50_ms>9)",
+        "  s.onnx: miou 0.5 (fails if miou<0.6)",
+    ]
+    with pytest.raises(InputError, match="has no number 'speed'"):
+        require_no_worse(report(), None, [Rule.parse("speed<1")])
 
 
 @pytest.mark.parametrize("text", ["p50_ms", "p50_ms>", "p50_ms=3", "p50_ms>1.1y", "", ">3", "miou<-0.1x", "miou<nan"])

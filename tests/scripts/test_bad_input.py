@@ -220,7 +220,11 @@ CASES = {
     ),
     "benchmark, a rule without a baseline": (
         "demo/benchmark.py " + ONNX + " --fail-if p50_ms>1.1x --out {o}",
-        "go together",
+        "name its report.json with --baseline",
+    ),
+    "benchmark, a baseline without a rule": (
+        "demo/benchmark.py " + ONNX + " --baseline {t}/text.onnx --out {o}",
+        "--baseline is compared by --fail-if",
     ),
     "benchmark, a reference that is not there": (
         "demo/benchmark.py " + ONNX + " --reference x.onnx --out {o}",
