@@ -34,7 +34,7 @@ from aicsd_deploy.training import distributed
 from aicsd_deploy.training.fake_quant import imitate_int8
 from aicsd_deploy.training.last import BEST, LastCheckpoints, holds_a_run
 from aicsd_deploy.training.precision import autocast_dtype, lowered
-from aicsd_deploy.training.resume import MAY_MOVE
+from aicsd_deploy.training.resume import KNOWN_BY
 from aicsd_deploy.training.start import settled, start_from
 from aicsd_deploy.training.stopping import StopRequest
 from aicsd_deploy.training.validation import evaluate_together
@@ -235,11 +235,11 @@ def _identity(
     return {
         "classes": metadata.class_names,
         "training images": len(train_data),
-        "size of the images": list(metadata.image_size_hw),
+        KNOWN_BY["image_size"]: list(metadata.image_size_hw),
         "SHA-256 of the teacher": metadata.provenance.get("teacher_sha256"),
-        MAY_MOVE["data"]: _fingerprint(train_data, val_data),
-        MAY_MOVE["init"]: metadata.provenance.get("init_sha256"),
-        MAY_MOVE["class_map"]: None if class_map is None else sha256(class_map),
+        KNOWN_BY["data"]: _fingerprint(train_data, val_data),
+        KNOWN_BY["init"]: metadata.provenance.get("init_sha256"),
+        KNOWN_BY["class_map"]: None if class_map is None else sha256(class_map),
     }
 
 

@@ -15,12 +15,14 @@ FREE_TO_CHANGE = {
     "checkpoint_activations", "teacher",
 }  # fmt: skip
 """Settings that a resumed run may have different; any other would make it another run."""
-MAY_MOVE = {
+KNOWN_BY = {
+    "image_size": "size of the images",
     "data": "SHA-256 of the data's names and first labels",
     "init": "SHA-256 of the weights at the start",
     "class_map": "SHA-256 of the class map",
 }
-"""Settings that name files, and what tells that these are the same in another place, such as a job's own scratch folder."""
+"""Settings that may be given in another way, and what tells that they mean the same: a size that is the default, files in
+another place, such as a job's own scratch folder."""
 
 
 def changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
@@ -47,7 +49,7 @@ def check_same_run(
     """
     theirs = dict(defaults) | theirs
     changed = changes(ours, theirs)
-    free = FREE_TO_CHANGE | {name for name, content in MAY_MOVE.items() if content in ours and content in theirs}
+    free = FREE_TO_CHANGE | {name for name, content in KNOWN_BY.items() if content in ours and content in theirs}
     refused = [f"  {text}" for name, text in changed.items() if name not in free]
     if refused:
         raise InputError(

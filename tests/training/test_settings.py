@@ -71,6 +71,13 @@ def test_what_an_older_version_has_not_saved_does_not_hinder(tmp_path: Path) -> 
     check_same_run({"lr": 0.1, "classes": ["a"]}, {"lr": 0.1}, folder=tmp_path)
 
 
+def test_a_size_may_be_named_that_was_the_default_and_no_other(tmp_path: Path) -> None:
+    then = {"image_size": None, "size of the images": [64, 96]}
+    check_same_run({"image_size": [64, 96], "size of the images": [64, 96]}, then, folder=tmp_path)
+    with pytest.raises(InputError, match=r"size of the images: was \[64, 96\], now \[64, 64\]"):
+        check_same_run({"image_size": [64, 64], "size of the images": [64, 64]}, then, folder=tmp_path)
+
+
 def test_a_crop_that_a_network_cannot_take_is_refused_before_training(tmp_path: Path) -> None:
     write_folder_dataset(tmp_path / "data")
     sizes = [*TINY, "--epochs", 1, "--image-size", "64x96", "--crop-size", "60x90"]
