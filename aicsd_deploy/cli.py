@@ -262,7 +262,7 @@ def _missing_package(error: ImportError) -> str:
             "another form, such as opencv-python-headless for opencv-python."
         )
     return (
-        f"error: this command needs the package {error.name!r}, which is not installed for {sys.executable}. In a checkout, make test "
+        f"error: this command needs the package {error.name!r}, which is not installed for {sys.executable}. In a checkout, make setup "
         "sets up .venv with all that is needed; activate it with . .venv/bin/activate. Else, to train: pip install "
         "'.[train,cpu,headless]'; to export: '.[train,export,cpu,headless]'; to run a student: '.[cpu,video,headless]'."
     )

@@ -319,7 +319,7 @@ def add_config_flags(
     renamed: dict[str, str] | None = None,
     without: Collection[str] = (),
 ) -> None:
-    """Add one flag per setting of `config`, besides `--config FILE`; `renamed` gives settings other flag names.
+    """Add one flag per setting of `config`, besides `--config FILE`; `renamed` gives settings another flag name as well.
 
     Settings in `without` get no flag.
     """
@@ -329,24 +329,24 @@ def add_config_flags(
     for name, field in sorted(config.model_fields.items(), key=lambda item: item[0] not in MAIN):
         if name in without:
             continue
-        flag = "--" + (renamed or {}).get(name, name).replace("_", "-")
+        flags = ["--" + flag.replace("_", "-") for flag in dict.fromkeys([(renamed or {}).get(name, name), name])]
         help_text = (field.description or "") + (
             "" if field.default is None else f" (default: {_shown(field.default)})"
         )
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
         kind = _plain_type(field.annotation)
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is Literal:
             alone: dict[str, Any] = {"nargs": "?", "const": ON_ALONE[name]} if name in ON_ALONE else {}
-            parser.add_argument(flag, choices=typing.get_args(kind), **alone, **options)
+            parser.add_argument(*flags, choices=typing.get_args(kind), **alone, **options)
         elif kind == tuple[int, int]:
-            parser.add_argument(flag, type=size_hw, metavar="HxW", **options)
+            parser.add_argument(*flags, type=size_hw, metavar="HxW", **options)
         elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, type=float, nargs=2, metavar=("LOW", "HIGH"), **options)
+            parser.add_argument(*flags, type=float, nargs=2, metavar=("LOW", "HIGH"), **options)
         else:
             metavar = {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
-            parser.add_argument(flag, type=kind, metavar=metavar, **options)
+            parser.add_argument(*flags, type=kind, metavar=metavar, **options)
 
 
 def read_config(config: type[C], args: argparse.Namespace) -> C:

@@ -8,6 +8,7 @@ Everything lands in one folder, runs/demo by default; a second run goes on where
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command("demo/benchmark.py", *checkpoints, str(out / "student.onnx"), "--out", str(out))
     heading("6/6 video")
     command("demo/video.py", *VIDEO, "--engine", str(out / "student.onnx"), "-o", str(out / "video.mp4"))
-    say(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
+    say(f"\nDone; this start took {(time.monotonic() - started) / 60:.1f} minutes.")
     say(
         f"teacher {percent(teacher['miou'])} % mIoU, student alone {percent(alone['miou'])} %, student with AICSD "
         f"{percent(student['miou'])} % = {100 * student['miou'] / max(teacher['miou'], 1e-9):.1f} % of its teacher"
@@ -71,6 +72,8 @@ def command(script: str, *arguments: str) -> None:
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as end:
+        if end.code == 128 + signal.SIGTERM:
+            raise
         if end.code:
             raise AicsdError(f"{script} ended with exit code {end.code}; its message stands above.") from end
     finally:

@@ -240,7 +240,7 @@ def test_distilling_from_a_segformer_and_from_own_code(tmp_path: Path) -> None:
         (
             ["--teacher", "hf:hf", "--student", "deeplabv3plus_resnet18", "--image-size", "64x64"],
             ["--teacher", "hf:hf", "--student", "small_network:small", "--method", "ickd"],
-            ["--teacher", "small_network:small", "--student", "small_network:small", "--method", "at"],
+            ["--teacher", "small_network:small", "--model", "small_network:small", "--method", "at"],
         )
     ):
         result = call_script("train/distill.py", *common, *arguments, "--out", f"s{number}", cwd=tmp_path)

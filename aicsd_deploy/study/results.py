@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
@@ -97,9 +98,10 @@ def to_markdown(study: dict[str, Any], command: str) -> str:
         "torch": machine["packages"]["torch"]
     }
     size = study["image_size_hw"]
+    kind, _, place = study["data"].partition(":")
     return "\n".join(
         [
-            f"# Study: {study['student']} on {study['data'].partition(':')[0]}",
+            f"# Study: {study['student']} on {kind}{place and ':' + Path(place).name}",
             "",
             f"    {command}",
             "",

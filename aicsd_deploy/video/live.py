@@ -75,7 +75,10 @@ class LiveSource(Source):
         try:
             self._first = self._connection.read()
             if self._first is None:
-                raise InputError(f"{name} ended before its first picture. Check that it is running.")
+                raise InputError(
+                    f"{name} ended before its first picture. Check that it is running, and that it lasts: what is not paced, such as "
+                    "GStreamer's videotestsrc without is-live=true, can be over before it is read."
+                )
         except ConnectionLostError as error:
             self._connection.close()
             raise InputError(f"{name} gives no picture: {error}. Check that it is running and reachable.") from error
