@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", (REPO / "docs/library.md").read_t
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["run", "without_the_toolkit", "losses"])
 def test_code_of_the_library_page_runs(block: str, trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "runs").symlink_to(trained / "runs")
+    (tmp_path / "student.onnx").symlink_to(trained / "runs/student/student.onnx")
     cv2.imwrite(str(tmp_path / "frame.png"), cv2.imread(str(next((trained / "data/val/images").iterdir()))))
     result = subprocess.run(
         [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(REPO)}
