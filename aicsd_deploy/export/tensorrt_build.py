@@ -197,8 +197,11 @@ def read_precision(trt: Any, network: Any) -> PrecisionFound:
 def _own_kernel(trt: Any, layer: Any) -> tuple[int, str]:
     """Return the size and the type of the weights that a convolution holds itself: in a strongly typed network, that of its input."""
     # A network gives every layer as a plain ILayer, which has no kernel; NVIDIA's own code casts it so too.
-    layer.__class__ = trt.IConvolutionLayer if layer.type == trt.LayerType.CONVOLUTION else trt.IDeconvolutionLayer
-    return int(layer.kernel.size), _name(layer.get_input(0).dtype)
+    convolution = layer
+    convolution.__class__ = (
+        trt.IConvolutionLayer if layer.type == trt.LayerType.CONVOLUTION else trt.IDeconvolutionLayer
+    )
+    return int(convolution.kernel.size), _name(layer.get_input(0).dtype)
 
 
 def _stored(trt: Any, tensor: Any, made_by: dict[str, Any]) -> tuple[int, str] | None:
