@@ -23,6 +23,8 @@ def pixel_kd_loss(
 ) -> Tensor:
     """Return the mean over pixels of KL(teacher || student) between the class distributions, times T squared.
 
+    The code of AICSD's authors takes the mean over classes too and has no T squared: its weight divided by C is ours.
+
     Args:
         student: logits (B, C, H, W).
         teacher: logits of the same shape; no gradient flows into them.
