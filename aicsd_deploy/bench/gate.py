@@ -60,7 +60,7 @@ class Rule:
         return cls(text, match["metric"], match["sign"] == ">", float(limit), kind)
 
     def measured(self, new: float, old: float | None) -> float:
-        """Return what the limit is compared with; there is nothing old where no rule needs it."""
+        """Return what the limit is compared with; without a baseline, where only values are limited, there is nothing old."""
         if self.kind == "value" or old is None:
             return new
         if self.kind == "ratio":

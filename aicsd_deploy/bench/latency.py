@@ -120,8 +120,8 @@ def _interval(median: float, resampled: npt.NDArray[np.float64], rounds: int) ->
 
     What so few blocks show of the scatter is too little: it is stretched as Student's t stretches the normal
     distribution. Of the 200 pairs of runs of 20 independent rounds that tests/bench/test_latency.py simulates, the first one's
-    interval holds the second one's median in 192; with fewer than 8 rounds, or rounds that drift, it does so less often. Downwards it is stretched in proportion: two or three rounds that differ much would else take
-    it below 0, where no time is.
+    interval holds the second one's median in 192; with fewer than 8 rounds, or rounds that drift, it does so less often.
+    Downwards it is stretched in proportion: two or three rounds that differ much would else take it below 0, where no time is.
     """
     tail = (100 - CONFIDENCE_PERCENT) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
