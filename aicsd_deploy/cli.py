@@ -102,12 +102,7 @@ def fraction(text: str) -> float:
 
 def fraction_of_100(text: str) -> float:
     """Read points of a hundred, 0 to 100, as a fraction: "1" is 0.01."""
-    return points_of_100(text) / 100
-
-
-def points_of_100(text: str) -> float:
-    """Read points of a hundred, 0 to 100."""
-    return _number_to(100, text)
+    return _number_to(100, text) / 100
 
 
 def gpu_targets(text: str) -> tuple[str, ...]:

@@ -23,10 +23,10 @@ from aicsd_deploy.cli import (
     Parser,
     add_json_flag,
     fraction,
+    fraction_of_100,
     gpu_targets,
     keep_apart,
     needed_packages,
-    points_of_100,
     positive_int,
     run,
     shape_nhw,
@@ -78,7 +78,7 @@ def make_parser() -> Parser:
     add("--frames", type=positive_int, metavar="N", default=16, help="how many images the comparison takes")
     add("--reference", type=Path, metavar="FILE", help="checkpoint, or float .onnx, to compare with (default: the checkpoint it was exported from, if it lies beside the file; else the file itself)")
     add("--min-agreement", type=fraction, metavar="SHARE", help="smallest share of pixels labelled as the reference does (default: 0.999 fp32, 0.995 fp16, 0.98 bf16, 0.95 int8 and fp8)")
-    add("--max-miou-drop", type=points_of_100, metavar="POINTS", help="largest fall of mIoU, in points of a hundred (default: 0.1 fp32, 0.5 fp16; 1 bf16, int8 and fp8)")
+    add("--max-miou-drop", type=fraction_of_100, metavar="POINTS", help="largest fall of mIoU, in points of a hundred (default: 0.1 fp32, 0.5 fp16; 1 bf16, int8 and fp8)")
     # fmt: on
     add_json_flag(parser)
     return parser

@@ -18,7 +18,7 @@ class Limits:
 
     Attributes:
         agreement: smallest share of pixels labelled as the reference labels them, 0 to 1.
-        miou_drop: largest fall of mIoU, in points of a hundred.
+        miou_drop: largest fall of mIoU, as a fraction.
     """
 
     agreement: float
@@ -32,11 +32,11 @@ class Limits:
 
 
 LIMITS = {
-    "fp32": Limits(agreement=0.999, miou_drop=0.1),
-    "fp16": Limits(agreement=0.995, miou_drop=0.5),
-    "bf16": Limits(agreement=0.98, miou_drop=1.0),
-    "int8": Limits(agreement=0.95, miou_drop=1.0),
-    "fp8": Limits(agreement=0.95, miou_drop=1.0),
+    "fp32": Limits(agreement=0.999, miou_drop=0.001),
+    "fp16": Limits(agreement=0.995, miou_drop=0.005),
+    "bf16": Limits(agreement=0.98, miou_drop=0.01),
+    "int8": Limits(agreement=0.95, miou_drop=0.01),
+    "fp8": Limits(agreement=0.95, miou_drop=0.01),
 }
 """By precision. bfloat16 keeps 8 bits of a number, float16 keeps 11; quantised formats move edges between classes."""
 
@@ -58,8 +58,8 @@ class Drop:
 
     @property
     def miou_drop(self) -> float:
-        """How far mIoU fell, in points of a hundred."""
-        return 100 * (self.reference_miou - self.candidate_miou)
+        """How far mIoU fell, as a fraction."""
+        return self.reference_miou - self.candidate_miou
 
     def within(self, limits: Limits) -> bool:
         """Say whether no more was lost than is allowed."""
@@ -111,7 +111,7 @@ def require_within(drop: Drop, limits: Limits, *, what: str, layers: Sequence[st
     worst = f" Layers that add most error: {', '.join(layers)}." if layers else ""
     raise VerificationError(
         f"{what} does not do what the checkpoint does: at {size} they agree on {100 * share:.2f} % of the pixels (at least "
-        f"{100 * limits.agreement:g} % required), and mIoU changes by {-drop.miou_drop:+.2f} points (a fall of {limits.miou_drop:g} is allowed). It "
+        f"{100 * limits.agreement:g} % required), and mIoU changes by {-100 * drop.miou_drop:+.2f} points (a fall of {100 * limits.miou_drop:g} is allowed). It "
         f"was not kept. Classes that lose most IoU: {', '.join(drop.worst_classes())}.{worst} Try a wider format, if there is one (--fp16 "
         "for int8 and fp8, else --fp32), or say what you accept with --min-agreement and --max-miou-drop."
     )

@@ -28,11 +28,11 @@ from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, MissingDependencyError, VerificationError
 from aicsd_deploy.export.engine import choose_flavor
 from aicsd_deploy.export.engine_checks import require_precision
-from aicsd_deploy.export.gate import measure_drop
+from aicsd_deploy.export.gate import LIMITS, Drop, Limits, measure_drop, require_within
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.ranges import layer_errors
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, build_engine
-from aicsd_deploy.export.verify import compare
+from aicsd_deploy.export.verify import Agreement, compare
 from aicsd_deploy.files import sha256
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 from aicsd_deploy.runtime import driver, tensorrt_module
@@ -116,6 +116,7 @@ def test_every_student_in_every_precision(exported: dict[str, Path], name: str, 
     assert card["onnx_sha256"] == sha256(source)
     assert card["gate"]["reference"].endswith("best.pt")
     assert card["gate"]["agreement"] > 0.9 or precision in ("int8", "bf16")
+    assert card["gate"]["limits"]["miou_drop"] == (1 if loose else 0.001), "a fraction, as all scores of the card"
     if precision == "int8":  # in float32 only the preprocessing, and what stands around it
         layers = card["precision_found"]["layers"]
         assert layers["fp16"] > layers.get("fp32", 0)
@@ -259,6 +260,14 @@ def test_an_engine_that_disagrees_with_its_checkpoint_is_not_kept(small: Path, t
     assert "Classes that lose most IoU" in result.stderr
     assert "Layers that add most error" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_accuracy_is_gated_besides_agreement() -> None:
+    agreement = Agreement(0.999, {"32x64": 0.999}, {"road": 0.999, "pole": 0.2}, ("road", 0.9), frames=4)
+    drop = Drop(agreement, reference_miou=0.600, candidate_miou=0.594, iou_drop={"road": 0.001, "pole": 0.011})
+    require_within(drop, Limits(agreement=0.995, miou_drop=0.0065), what="it")
+    with pytest.raises(VerificationError, match=r"-0\.60 points \(a fall of 0\.5 is allowed\).*pole -1\.1"):
+        require_within(drop, LIMITS["fp16"], what="it")
 
 
 def test_layers_are_named_in_bfloat16_too(small: Path, tmp_path: Path) -> None:
