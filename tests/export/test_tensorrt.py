@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+import torch.nn.functional as F
 from helpers import call_script, random_checkpoint, write_folder_dataset
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from torch import nn
 
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.data.dataset import SegmentationDataset
@@ -372,6 +375,41 @@ def scaled_beyond_fp16(path: Path, out: Path, factor: float = 2e5) -> Path:
             onnx.save(model, out)
             return out
     raise AssertionError("no convolution follows another directly")
+
+
+class Mixed(nn.Module):
+    """What TensorRT or ONNX has in float32 and float16 only (transposed convolution, HardSwish, Einsum), and attention."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 48, 3, 4, 1)
+        self.norm, self.attention = nn.LayerNorm(48), nn.MultiheadAttention(48, 4, batch_first=True)
+        self.up, self.last = nn.ConvTranspose2d(48, 16, 2, 2), nn.Conv2d(16, num_classes, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = F.hardswish(self.first(images))
+        batch, channels, height, width = features.shape
+        tokens = self.norm(features.flatten(2).transpose(1, 2))
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        gram = torch.einsum("bnc,bnd->bcd", tokens, tokens).softmax(dim=-1)
+        mixed = (tokens @ gram).transpose(1, 2).reshape(batch, channels, height, width)
+        return self.last(F.hardswish(self.up(mixed)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [("fp16", set()), ("bf16", {f"there is no {op} in bf16" for op in ("ConvTranspose", "HardSwish", "Einsum")})],
+)
+def test_operators_that_do_not_exist_in_half_precision_stay_in_float32(
+    precision: str, kept: set[str], tmp_path: Path
+) -> None:
+    path = export(tmp_path, "test_tensorrt:Mixed", ("batch", "size"))
+    loose = ["--min-agreement", 0, "--max-miou-drop", 100]
+    result = build(path, f"--{precision}", *loose, "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    card = json.loads((tmp_path / "s.plan.json").read_text())
+    assert set(card["float32_nodes"].values()) == kept
+    assert card["gate"]["agreement"] > 0.9
 
 
 def test_a_convolution_beyond_the_range_of_fp16_stays_in_float32(small: Path, tmp_path: Path) -> None:
