@@ -8,7 +8,7 @@ from pathlib import Path
 from aicsd_deploy.bench.footprint import Work
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 
-_LAYERS = ("Conv", "Gemm", "MatMul")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def onnx_work(path: Path) -> Work:
@@ -36,9 +36,13 @@ def onnx_work(path: Path) -> Work:
     for node in graph.node:
         if node.op_type not in _LAYERS:
             continue
-        weight, out = sizes.get(node.input[1], ()), sizes.get(node.output[0], ())
-        per_output = prod(weight[1:]) if node.op_type == "Conv" else (weight[-2] if len(weight) > 1 else 0)
-        flops += 2 * prod(out) * per_output
+        taken, weight, given = (sizes.get(name, ()) for name in (*node.input[:2], node.output[0]))
+        if node.op_type == "ConvTranspose":
+            flops += 2 * prod(taken) * prod(weight[1:])
+        elif len(weight) > 1:
+            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            summed = prod(weight[1:]) if node.op_type == "Conv" else weight[-1 if transposed else -2]
+            flops += 2 * prod(given) * summed
         traffic += sum(nbytes(name) for name in (*node.input, node.output[0]) if name)
         for name in node.input[1:]:
             source = origin.get(name, name)
