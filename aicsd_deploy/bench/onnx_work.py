@@ -9,10 +9,15 @@ from aicsd_deploy.bench.footprint import Work
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_NOT_COUNTED = {"Attention", "DeformConv", "Einsum"}
+"""Products too, with which the arithmetic of the others would be called that of all."""
 
 
 def onnx_work(path: Path) -> Work:
-    """Count what one frame of the file's own size costs; see `Work`."""
+    """Count what one frame of the file's own size costs; see `Work`.
+
+    Only the weights are counted where the size of a layer cannot be inferred, as in attention whose graph computes its sizes.
+    """
     import onnx  # a device that runs artefacts need not have it
 
     model = onnx.load(path)
@@ -32,11 +37,13 @@ def onnx_work(path: Path) -> Work:
         return prod(sizes.get(name, (0,))) * (1 if name in origin else 4)
 
     flops = traffic = 0
+    all_known = _NOT_COUNTED.isdisjoint(node.op_type for node in graph.node)
     weights: dict[str, int] = {}
     for node in graph.node:
         if node.op_type not in _LAYERS:
             continue
         taken, weight, given = (sizes.get(name, ()) for name in (*node.input[:2], node.output[0]))
+        all_known = all_known and all(size and 0 not in size for size in (taken, weight, given))
         if node.op_type == "ConvTranspose":
             flops += 2 * prod(taken) * prod(weight[1:])
         elif len(weight) > 1:
@@ -48,4 +55,5 @@ def onnx_work(path: Path) -> Work:
             source = origin.get(name, name)
             if source in tensors:
                 weights[source] = prod(tensors[source].dims)
-    return Work(sum(weights.values()), flops / 1e9, traffic / 1e6)
+    parameters = sum(weights.values())
+    return Work(parameters, flops / 1e9, traffic / 1e6) if all_known else Work(parameters)

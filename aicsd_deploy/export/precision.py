@@ -89,6 +89,18 @@ def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), e
     return HalfGraph(model, tuple(rewriter.low))
 
 
+def not_plain(model: onnx.ModelProto) -> str | None:
+    """Say what keeps a graph from being one of float32 in operators of ONNX, which all rewriting starts from; None if nothing does."""
+    own = sorted({node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")})
+    if any("Quantize" in node.op_type or node.op_type.endswith("Integer") for node in model.graph.node):
+        return "is quantised already"
+    if own:
+        return f"has operators that are not ONNX's ({', '.join(own[:3])}), such as ONNX Runtime's optimizer writes"
+    if any(tensor.data_type in _TYPES.values() for tensor in model.graph.initializer):
+        return "has weights in half precision already"
+    return None
+
+
 def opset_for(model: onnx.ModelProto, half: Half) -> int:
     """Return the operator set that a graph has in a half format: its own, or the first that has what is needed."""
     quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)

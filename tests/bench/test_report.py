@@ -200,6 +200,10 @@ def test_work_of_other_layers_is_counted_alike_too(tmp_path: Path) -> None:
     attention = pixels * 16 * 4 * 16 + 2 * pixels * pixels * 16
     products = pixels * 27 * 16 + attention + 16 * 48 + pixels * 48 * 12 * 4 + 4 * pixels * 24 * len(CLASSES)
     assert [work.gflops for work in found] == [pytest.approx(2 * products / 1e9)] * 2
+    export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=("size",)), tmp_path / "any.onnx")
+    open_ended = count_work(tmp_path / "any.onnx")
+    assert open_ended.gflops in (None, found[0].gflops), "sizes that a graph computes are not taken for nothing"
+    assert open_ended.parameters == found[1].parameters
 
 
 def test_a_worse_artefact_fails_the_gate_and_the_report_is_written(made: Path, trained: Path, tmp_path: Path) -> None:

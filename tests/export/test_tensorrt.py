@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import call_script, random_checkpoint, write_folder_dataset
 from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
 from aicsd_deploy.checkpoint import load_checkpoint
@@ -441,6 +443,40 @@ def test_asymmetric_int8_is_refused_with_the_reason(small: Path, tmp_path: Path)
     assert result.returncode == 2
     assert "asymmetrically" in result.stderr
     assert "to_int8.py FLOAT32.onnx --target tensorrt" in result.stderr
+
+
+def in_float16(source: Path, out: Path) -> None:
+    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), out)
+
+
+def optimised(source: Path, out: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(out)
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (in_float16, "half precision already"),
+        (quantize_dynamic, "quantised already"),
+        (optimised, "not ONNX's (FusedConv)"),
+    ],
+)
+def test_a_graph_that_another_tool_rewrote_is_refused_with_the_reason(
+    change: Any, says: str, small: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.onnx"
+    change(small, path)
+    for precision in ("--fp16", "--fp32"):
+        result = build(path, precision, "-o", tmp_path / "s.plan", cwd=tmp_path)
+        assert result.returncode == 2
+        assert says in result.stderr
+    result = call_script("export/to_int8.py", path, "--target", "tensorrt", "-o", "q.onnx", cwd=tmp_path)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
