@@ -29,7 +29,8 @@ def torch_work(path: Path) -> Work:
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.register_forward_hook(note)
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole attention, which the counter does not know
+    # It is one operator for a whole attention, which the counter does not know.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         # In inference mode, computed weights (weight normalisation) fail under the counter.
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

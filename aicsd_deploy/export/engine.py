@@ -173,9 +173,7 @@ def _lowered(
     lowered = to_half(model, half, keep=kept)
     if kept:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in kept.items())
-        say(
-            f"{len(kept)} of {len(kept) + len(lowered.low)} nodes stay in float32:\n{listed}"
-        )
+        say(f"{len(kept)} of {len(kept) + len(lowered.low)} nodes stay in float32:\n{listed}")
     # ONNX Runtime has no bfloat16 kernels for the CPU.
     runnable = to_half(model, half, keep=kept, emulate=True).model if half == "bf16" else lowered.model
     return lowered.model, runnable, kept

@@ -170,7 +170,7 @@ def drop_unused_constants(graph: onnx.GraphProto) -> None:
 
 
 def _opset(model: onnx.ModelProto) -> int:
-    return next(entry.version for entry in model.opset_import if not entry.domain)
+    return int(next(entry.version for entry in model.opset_import if not entry.domain))
 
 
 def _at_least(model: onnx.ModelProto, opset: int, half: Half) -> onnx.ModelProto:

@@ -159,7 +159,7 @@ class Deforming(nn.Module):
 def test_an_operator_that_is_newer_than_the_operator_set_is_named(tmp_path: Path) -> None:
     network = build_model("test_onnx:Deforming", num_classes=len(CLASSES))
     checkpoint = Checkpoint(Metadata("test_onnx:Deforming", CLASSES, (64, 96)), network.state_dict())
-    with pytest.raises(InputError, match="No Op registered for DeformConv.* such as --opset 20"):
+    with pytest.raises(InputError, match=r"No Op registered for DeformConv.* such as --opset 20"):
         export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
     export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx", opset=20)
 
@@ -172,9 +172,12 @@ def test_a_size_that_one_of_the_two_cannot_take_fails_the_gate(trained: Path) ->
             return super().infer(frames_NHWC)
 
     path = trained / "runs/student/best.pt"
-    with open_backend(path, device="cpu") as ours, Picky.open(path, device="cpu") as theirs:
-        with pytest.raises(VerificationError, match=r"64x64\. It was not kept\. Export without --dynamic size"):
-            compare(ours, theirs, frames())
+    with (
+        open_backend(path, device="cpu") as ours,
+        Picky.open(path, device="cpu") as theirs,
+        pytest.raises(VerificationError, match=r"64x64\. It was not kept\. Export without --dynamic size"),
+    ):
+        compare(ours, theirs, frames())
 
 
 @pytest.mark.parametrize("channels", ["bgr", "rgb"])
