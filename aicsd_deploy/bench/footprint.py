@@ -29,7 +29,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Work:
-    """What one frame costs in principle; None where the kind of artefact does not tell.
+    """What one frame costs in principle; None where the artefact does not tell.
 
     Attributes:
         parameters: numbers in the weights and biases.

@@ -8,11 +8,16 @@ from pathlib import Path
 from aicsd_deploy.bench.footprint import Work
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
 
-_LAYERS = ("Conv", "Gemm", "MatMul")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_NOT_COUNTED = {"Attention", "DeformConv", "Einsum"}
+"""Products too, with which the arithmetic of the others would be called that of all."""
 
 
 def onnx_work(path: Path) -> Work:
-    """Count what one frame of the file's own size costs; see `Work`."""
+    """Count what one frame of the file's own size costs; see `Work`.
+
+    Only the weights are counted where the size of a layer cannot be inferred, as in attention whose graph computes its sizes.
+    """
     import onnx  # a device that runs artefacts need not have it
 
     model = onnx.load(path)
@@ -32,16 +37,23 @@ def onnx_work(path: Path) -> Work:
         return prod(sizes.get(name, (0,))) * (1 if name in origin else 4)
 
     flops = traffic = 0
+    all_known = _NOT_COUNTED.isdisjoint(node.op_type for node in graph.node)
     weights: dict[str, int] = {}
     for node in graph.node:
         if node.op_type not in _LAYERS:
             continue
-        weight, out = sizes.get(node.input[1], ()), sizes.get(node.output[0], ())
-        per_output = prod(weight[1:]) if node.op_type == "Conv" else (weight[-2] if len(weight) > 1 else 0)
-        flops += 2 * prod(out) * per_output
+        taken, weight, given = (sizes.get(name, ()) for name in (*node.input[:2], node.output[0]))
+        all_known = all_known and all(size and 0 not in size for size in (taken, weight, given))
+        if node.op_type == "ConvTranspose":
+            flops += 2 * prod(taken) * prod(weight[1:])
+        elif len(weight) > 1:
+            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            summed = prod(weight[1:]) if node.op_type == "Conv" else weight[-1 if transposed else -2]
+            flops += 2 * prod(given) * summed
         traffic += sum(nbytes(name) for name in (*node.input, node.output[0]) if name)
         for name in node.input[1:]:
             source = origin.get(name, name)
             if source in tensors:
                 weights[source] = prod(tensors[source].dims)
-    return Work(sum(weights.values()), flops / 1e9, traffic / 1e6)
+    parameters = sum(weights.values())
+    return Work(parameters, flops / 1e9, traffic / 1e6) if all_known else Work(parameters)

@@ -26,9 +26,16 @@ def torch_work(path: Path) -> Work:
         moved += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.register_forward_hook(note)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, *checkpoint.metadata.image_size_hw))
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    # It is one operator for a whole attention, which the counter does not know.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # In inference mode, computed weights (weight normalisation) fail under the counter.
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, 3, *checkpoint.metadata.image_size_hw))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Work(parameters, counter.get_total_flops() / 1e9, moved / 1e6)

@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from aicsd_deploy.errors import InputError, VerificationError
+from aicsd_deploy.export.precision import not_plain
 from aicsd_deploy.export.tensorrt_build import PrecisionFound, Profile
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.runtime.engine_card import holds
@@ -27,18 +28,20 @@ def require_fitting_graph(model: onnx.ModelProto, precision: Precision, path: Pa
             raise InputError(
                 f"{path} is quantised (it has {len(pairs)} Q/DQ nodes), and --{precision} was asked for. Build it with --int8."
             )
+        if (found := not_plain(model)) is not None:
+            raise InputError(f"{path} {found}. Give the float32 file that export/to_onnx.py wrote.")
         return
     points = [initializers[node.input[2]] for node in pairs if len(node.input) > 2 and node.input[2] in initializers]
     kinds = {point.data_type for point in points}
     how = {
         "int8": "Quantise the float32 file for TensorRT: "
-        f"python export/to_int8.py {'FLOAT32.onnx' if pairs else path} --target tensorrt",
+        f"python export/to_int8.py {'FLOAT32.onnx' if not_plain(model) else path} --target tensorrt",
         "fp8": "This toolkit makes no float8 files; NVIDIA's Model Optimizer does",
     }[precision]
     wanted = {"int8": {TensorProto.INT8}, "fp8": {TensorProto.FLOAT8E4M3FN}}[precision]
     if not pairs:
         raise InputError(
-            f"{path} is not quantised, and --{precision} was asked for: there is nothing to take the scales from. {how}."
+            f"{path} has no Q/DQ nodes, and --{precision} was asked for: there is nothing to take the scales from. {how}."
         )
     if (
         any(map(_is_unsigned, pairs))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import warnings
 from collections.abc import Collection
+from contextlib import redirect_stderr
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aicsd_deploy.checkpoint import Checkpoint
-from aicsd_deploy.console import quiet_loggers
 from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
@@ -43,8 +43,7 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
     # An example batch of 1 would be taken for a constant.
     frames = torch.zeros((2 if "batch" in metadata.dynamic else 1, height, width, 3), dtype=torch.uint8)
     try:
-        with warnings.catch_warnings(), quiet_loggers("torch.onnx", "onnxscript"):
-            warnings.simplefilter("ignore")
+        with redirect_stderr(io.StringIO()):  # its warnings, its log and, where it fails, its graphs
             program = torch.onnx.export(
                 module,
                 (frames,),
@@ -62,7 +61,7 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
         ways += ["change that in the network"]
         raise InputError(
             f"PyTorch {torch.__version__} cannot export {metadata.model} with dynamic {sorted(metadata.dynamic) or 'nothing'}: "
-            f"{first_line(error)}. You can {' or '.join(ways)}."
+            f"{first_line(error.__cause__ or error).rstrip('.')}. You can {' or '.join(ways)}."
         ) from error
     assert program is not None
     model = program.model_proto
@@ -72,21 +71,30 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
             f"Opset {opset} was asked for but PyTorch can only write {found} for this network. Use --opset {found}."
         )
     onnx.helper.set_model_props(model, {ONNX_KEY: json.dumps(metadata.to_dict())})
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise InputError(
+            f"{metadata.model} does not fit ONNX operator set {opset}: {first_line(error)}. Export with a newer one, such as --opset 20, "
+            "or change that in the network."
+        ) from error
     onnx.save_model(model, str(path))
 
 
 def fuse_batch_norm(network: nn.Module) -> None:
     """Fold every batch normalisation that directly follows a convolution into it, in place.
 
-    The exporter does so only for some graphs; folding here makes the file independent of that.
+    The exporter does so only for some graphs; folding here makes the file independent of that. Convolutions that compute their
+    weight (weight or spectral normalisation) and batch normalisations that keep no statistics are left to it.
     """
     for module in network.modules():
         if not isinstance(module, nn.Sequential):
             continue
         children = list(module.named_children())
         for (name, first), (next_name, second) in pairwise(children):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+            if not isinstance(first, nn.Conv2d) or not isinstance(second, nn.BatchNorm2d):
+                continue
+            if "weight" in dict(first.named_parameters(recurse=False)) and second.running_mean is not None:
                 setattr(module, name, fuse_conv_bn_eval(first, second))
                 setattr(module, next_name, nn.Identity())
 

@@ -30,6 +30,8 @@ _FIRST = ("Conv", "ConvTranspose", "Gemm", "MatMul", "DequantizeLinear")
 """From these on the graph runs in half precision. What is dequantised takes the type of its scale."""
 _FLOAT_INPUTS = {"Resize": (1, 2), "Upsample": (1,)}
 """Inputs that the operator takes in float32 only."""
+_NOT_IN_BF16 = ("ConvTranspose", "HardSwish", "Mish")
+"""Operators that ONNX has in bfloat16 and TensorRT-RTX 1.7 refuses."""
 _UNTOUCHED = (
     "Cast",
     "CastLike",
@@ -74,8 +76,7 @@ def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), e
         InputError: the graph cannot be lifted to the operator set that bf16 needs, or is no valid graph.
     """
     if not emulate:
-        quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
-        model = _at_least(model, BF16_OPSET if half == "bf16" else HALF_SCALES_OPSET if quantized else 0, half)
+        model = _at_least(model, opset_for(model, half), half)
     model = with_constants_as_initializers(model)
     rewriter = _Rewriter(model, half, frozenset(keep), emulate)
     rewriter.run()
@@ -86,6 +87,39 @@ def to_half(model: onnx.ModelProto, half: Half, *, keep: Collection[str] = (), e
             f"This graph cannot be written in {half}: {error}. Build it with --fp32, and report the network."
         ) from error
     return HalfGraph(model, tuple(rewriter.low))
+
+
+def not_plain(model: onnx.ModelProto) -> str | None:
+    """Say what keeps a graph from being one of float32 in operators of ONNX, which all rewriting starts from; None if nothing does."""
+    own = sorted({node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")})
+    if any("Quantize" in node.op_type or node.op_type.endswith("Integer") for node in model.graph.node):
+        return "is quantised already"
+    if own:
+        return f"has operators that are not ONNX's ({', '.join(own[:3])}), such as ONNX Runtime's optimizer writes"
+    if any(tensor.data_type in _TYPES.values() for tensor in model.graph.initializer):
+        return "has weights in half precision already"
+    return None
+
+
+def opset_for(model: onnx.ModelProto, half: Half) -> int:
+    """Return the operator set that a graph has in a half format: its own, or the first that has what is needed."""
+    quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    return max(_opset(model), BF16_OPSET if half == "bf16" else HALF_SCALES_OPSET if quantized else 0)
+
+
+def exists_in(node: onnx.NodeProto, half: Half, *, opset: int, types: Mapping[str, int]) -> bool:
+    """Return whether an operator takes a half format, in ONNX and in TensorRT, for all of its float32 inputs (`types`)."""
+    if half == "bf16" and node.op_type in _NOT_IN_BF16:
+        return False
+    if not onnx.defs.has(node.op_type, node.domain):
+        return True  # nothing is known
+    formal = onnx.defs.get_schema(node.op_type, opset, node.domain).inputs
+    wanted = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[half]
+    return all(
+        wanted in formal[min(i, len(formal) - 1)].types  # the last may stand for many
+        for i, name in enumerate(node.input)
+        if types.get(name) == TensorProto.FLOAT and i not in _FLOAT_INPUTS.get(node.op_type, ())
+    )
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
@@ -135,8 +169,12 @@ def drop_unused_constants(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(remaining)
 
 
+def _opset(model: onnx.ModelProto) -> int:
+    return int(next(entry.version for entry in model.opset_import if not entry.domain))
+
+
 def _at_least(model: onnx.ModelProto, opset: int, half: Half) -> onnx.ModelProto:
-    found = next(entry.version for entry in model.opset_import if not entry.domain)
+    found = _opset(model)
     if found >= opset:
         return model
     try:

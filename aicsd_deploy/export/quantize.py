@@ -26,6 +26,7 @@ from aicsd_deploy.export.cpu_graph import (
     fold_preprocessing,
     read_pixels_directly,
 )
+from aicsd_deploy.export.precision import not_plain
 from aicsd_deploy.metadata import ONNX_KEY, Metadata, command_line
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.runtime.frames import as_input
@@ -122,8 +123,8 @@ class Quantizer:
         model = onnx.load(source)
         text = next((entry.value for entry in model.metadata_props if entry.key == ONNX_KEY), None)
         self.metadata = Metadata.from_onnx(text, origin=source)
-        if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-            raise InputError(f"{source} is quantised already. Give the float32 file that export/to_onnx.py wrote.")
+        if (found := not_plain(model)) is not None:
+            raise InputError(f"{source} {found}. Give the float32 file that export/to_onnx.py wrote.")
         self._input = model.graph.input[0].name
         self._frames = [as_input(frame, self.metadata) for frame in frames_bgr]
         if self._recipe.on_pixels:

@@ -1,4 +1,7 @@
-"""Which nodes must stay in float32: those whose values or weights half precision cannot hold, found by measurement."""
+"""Which nodes must stay in float32: those that have no half precision, and those whose values or weights it cannot hold.
+
+The latter are found by measurement.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aicsd_deploy.export.precision import (
     Half,
+    exists_in,
     float_candidates,
     l2_norm,
+    opset_for,
     rounding_error,
     tensor_types,
     with_constants_as_initializers,
@@ -44,6 +49,12 @@ def nodes_to_keep(model: onnx.ModelProto, half: Half, frames_NHWC: Sequence[UInt
     model = with_constants_as_initializers(model)
     types = tensor_types(model)
     candidates = float_candidates(model, types)
+    opset = opset_for(model, half)
+    found = {
+        node.name: f"there is no {node.op_type} in {half}"
+        for node in candidates
+        if not exists_in(node, half, opset=opset, types=types)
+    }
     weights = {i.name: i for i in model.graph.initializer}
     watched = {
         name
@@ -52,7 +63,6 @@ def nodes_to_keep(model: onnx.ModelProto, half: Half, frames_NHWC: Sequence[UInt
         if types.get(name) == TensorProto.FLOAT and name not in weights
     }
     peaks = _peaks(model, sorted(watched), frames_NHWC)
-    found: dict[str, str] = {}
     for node in candidates:
         for i, name in enumerate((*node.input, *node.output)):
             if name in weights:

@@ -9,7 +9,7 @@ import numpy as np
 
 from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
-from aicsd_deploy.errors import VerificationError
+from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import as_input
 
@@ -71,6 +71,9 @@ def compare(
     Where the candidate takes any size, `sizes` are tried; by default three: its own, half and one and a half times that, in
     steps of 32.
     Where it takes any batch, the frames go through it in batches.
+
+    Raises:
+        VerificationError: one of the two does not run at one of the sizes.
     """
     classes = reference.metadata.class_names
     alike, total = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
@@ -78,9 +81,15 @@ def compare(
     for size in sizes or sizes_to_try(candidate):
         at_size = candidate.metadata.replace(image_size_hw=size)
         frames = np.concatenate([as_input(frame, at_size) for frame in frames_bgr])
-        expected = np.concatenate([reference.infer(frame[None]) for frame in frames])
         step = BATCH if "batch" in candidate.metadata.dynamic else 1
-        found = np.concatenate([candidate.infer(frames[i : i + step]) for i in range(0, len(frames), step)])
+        try:
+            expected = np.concatenate([reference.infer(frame[None]) for frame in frames])
+            found = np.concatenate([candidate.infer(frames[i : i + step]) for i in range(0, len(frames), step)])
+        except InputError as error:
+            raise VerificationError(
+                f"It does not run at every size it was made for: {str(error).rstrip('.')}. It was not kept. Export without --dynamic size, "
+                "or give export/to_trt.py a --profile of sizes that the network takes."
+            ) from error
         same = expected == found
         by_size[f"{size[0]}x{size[1]}"] = float(same.mean())
         total += np.bincount(expected.ravel(), minlength=len(classes))

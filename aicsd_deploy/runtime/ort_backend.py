@@ -26,8 +26,15 @@ pixels as the float32 one does was at 21 % with it (onnxruntime 1.32)."""
 class OrtBackend(Backend):
     """An ONNX file in ONNX Runtime, on its CPU or CUDA provider; which of them runs is never left to chance."""
 
-    def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None) -> None:
-        """Load a file; see `open_backend`."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        disabled: Sequence[str] = DISABLED_OPTIMIZERS,
+    ) -> None:
+        """Load a file; see `open_backend`. `disabled` names the optimizers of ONNX Runtime that are left out."""
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -43,7 +50,7 @@ class OrtBackend(Backend):
         if threads is not None:
             options.intra_op_num_threads = threads
         self._providers = _providers(ort, device)
-        self._disabled = DISABLED_OPTIMIZERS
+        self._disabled = list(disabled)
         try:
             self._session = self._open(ort)
         except Exception as error:  # its errors share no base class
@@ -88,7 +95,7 @@ class OrtBackend(Backend):
             if "clip_quantizelinear" not in str(error):
                 raise
         # This optimiser fails on a Clip in front of a float8 QuantizeLinear (onnxruntime 1.32).
-        self._disabled = [*DISABLED_OPTIMIZERS, "ClipQuantRewrite"]
+        self._disabled.append("ClipQuantRewrite")
         return ort.InferenceSession(path, options, providers=providers, disabled_optimizers=self._disabled)
 
     def _device_in_use(self, *, asked: str) -> str:

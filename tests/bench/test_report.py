@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import CLASSES, REPO, call_script
+import torch
+from helpers import CLASSES, REPO, call_script, random_checkpoint
+from torch import nn
 
 from aicsd_deploy.bench import charts, tables, throughput
 from aicsd_deploy.bench import report as report_module
@@ -27,6 +29,7 @@ from aicsd_deploy.bench.report_html import headline, to_html
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.runtime.base import Backend, open_backend
 
@@ -164,12 +167,43 @@ def test_rounds_of_timing_are_spread_over_the_scoring(trained: Path, monkeypatch
 def test_work_is_counted_alike_in_both_kinds_of_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AICSD_TRUST", "tiny_network:tiny")
     monkeypatch.chdir(trained)
-    torch, onnx = (count_work(trained / path) for path in (CHECKPOINT, ONNX))
+    checkpoint, onnx = (count_work(trained / path) for path in (CHECKPOINT, ONNX))
     # tiny_network at 48x64: 16 filters of 5x5x3 at 12x16, 3 filters of 1x1x16
     expected = 2 * 12 * 16 * (16 * 75 + 3 * 16)
-    assert torch.gflops == onnx.gflops == pytest.approx(expected / 1e9)
+    assert checkpoint.gflops == onnx.gflops == pytest.approx(expected / 1e9)
     assert onnx.parameters == 16 * 75 + 16 + 3 * 16 + 3
-    assert torch.parameters == onnx.parameters + 2 * 16, "batch normalisation is folded into the exported file"
+    assert checkpoint.parameters == onnx.parameters + 2 * 16, "batch normalisation is folded into the exported file"
+
+
+class Mixed(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 16, 3, 4, 1))
+        self.gate, self.attention = nn.Linear(16, 48), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.up, self.last = nn.ConvTranspose2d(48, 24, 2, 2, groups=2), nn.Conv2d(24, num_classes, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.first(images)
+        batch, _, height, width = features.shape
+        tokens = features.flatten(2).transpose(1, 2)
+        tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        gate = self.gate(tokens.mean(dim=1)).sigmoid()[..., None, None]
+        grown = tokens.transpose(1, 2).reshape(batch, 16, height, width).repeat(1, 3, 1, 1)
+        return self.last(self.up(grown * gate))
+
+
+def test_work_of_other_layers_is_counted_alike_too(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "c.pt", "test_report:Mixed", (48, 64))
+    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    found = [count_work(tmp_path / name) for name in ("c.pt", "c.onnx")]
+    pixels = 12 * 16
+    attention = pixels * 16 * 4 * 16 + 2 * pixels * pixels * 16
+    products = pixels * 27 * 16 + attention + 16 * 48 + pixels * 48 * 12 * 4 + 4 * pixels * 24 * len(CLASSES)
+    assert [work.gflops for work in found] == [pytest.approx(2 * products / 1e9)] * 2
+    export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=("size",)), tmp_path / "any.onnx")
+    open_ended = count_work(tmp_path / "any.onnx")
+    assert open_ended.gflops in (None, found[0].gflops), "sizes that a graph computes are not taken for nothing"
+    assert open_ended.parameters == found[1].parameters
 
 
 def test_a_worse_artefact_fails_the_gate_and_the_report_is_written(made: Path, trained: Path, tmp_path: Path) -> None:

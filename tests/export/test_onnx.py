@@ -10,7 +10,9 @@ import pytest
 import torch
 from helpers import CLASSES, call_script, random_checkpoint
 from torch import nn
+from torchvision.ops import DeformConv2d
 
+from aicsd_deploy.checkpoint import Checkpoint
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.export.deploy_module import DeployModule, Normalize
@@ -20,6 +22,7 @@ from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runtime.base import open_backend
 from aicsd_deploy.runtime.frames import resize_image
+from aicsd_deploy.runtime.torch_backend import TorchBackend
 
 
 def frames(count: int = 4) -> list[np.ndarray]:
@@ -88,6 +91,25 @@ def test_batch_norm_folding_keeps_the_values() -> None:
     assert not [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
+def normalised_otherwise(num_classes: int) -> nn.Module:
+    """Convolutions that compute their weight, in the new way and the old one, and statistics of the batch at hand."""
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, 4, 1)),
+        nn.BatchNorm2d(8),
+        nn.utils.spectral_norm(nn.Conv2d(8, 8, 1)),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, num_classes, 1),
+        nn.BatchNorm2d(num_classes, track_running_stats=False),
+    )
+
+
+def test_normalisations_that_cannot_be_folded_are_exported_as_they_are(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(tmp_path / "c.pt", "test_onnx:normalised_otherwise")
+    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    with open_backend(tmp_path / "c.pt", device="cpu") as ours, open_backend(tmp_path / "c.onnx", device="cpu") as both:
+        assert compare(ours, both, frames()).share > 0.999
+
+
 @pytest.mark.slow
 def test_a_network_that_exports_wrongly_is_refused(tmp_path: Path) -> None:
     # PSPNet's pooling is baked for the size of the example: it exports and runs, and is wrong at every other size.
@@ -113,7 +135,7 @@ class Deciding(nn.Module):
 @pytest.mark.parametrize(
     ("dynamic", "opset", "says"),
     [
-        ((), OPSET, r"You can change that in the network\.$"),
+        ((), OPSET, r"data-dependent .* You can change that in the network\.$"),
         (("size",), OPSET + 2, "You can leave out --dynamic size or leave out --opset 20 or change"),
     ],
 )
@@ -123,6 +145,40 @@ def test_a_network_that_cannot_be_exported_is_refused_with_what_would_help(
     checkpoint = random_checkpoint(tmp_path / "c.pt", "test_onnx:Deciding")
     with pytest.raises(InputError, match=says):
         export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=dynamic), tmp_path / "c.onnx", opset=opset)
+
+
+class Deforming(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layer = DeformConv2d(3, num_classes, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images, images[:, :2])
+
+
+def test_an_operator_that_is_newer_than_the_operator_set_is_named(tmp_path: Path) -> None:
+    network = build_model("test_onnx:Deforming", num_classes=len(CLASSES))
+    checkpoint = Checkpoint(Metadata("test_onnx:Deforming", CLASSES, (64, 96)), network.state_dict())
+    with pytest.raises(InputError, match=r"No Op registered for DeformConv.* such as --opset 20"):
+        export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx", opset=20)
+
+
+def test_a_size_that_one_of_the_two_cannot_take_fails_the_gate(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(trained))  # where the network is
+    class Picky(TorchBackend):
+        def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+            if frames_NHWC.shape[1] == 64:
+                raise InputError("it cannot run on frames of 64x64.")
+            return super().infer(frames_NHWC)
+
+    path = trained / "runs/student/best.pt"
+    with (
+        open_backend(path, device="cpu") as ours,
+        Picky.open(path, device="cpu") as theirs,
+        pytest.raises(VerificationError, match=r"64x64\. It was not kept\. Export without --dynamic size"),
+    ):
+        compare(ours, theirs, frames())
 
 
 @pytest.mark.parametrize("channels", ["bgr", "rgb"])

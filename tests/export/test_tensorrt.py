@@ -17,10 +17,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
+import torch.nn.functional as F
 from helpers import call_script, random_checkpoint, write_folder_dataset
 from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from torch import nn
 
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.data.dataset import SegmentationDataset
@@ -383,6 +388,41 @@ def scaled_beyond_fp16(path: Path, out: Path, factor: float = 2e5) -> Path:
     raise AssertionError("no convolution follows another directly")
 
 
+class Mixed(nn.Module):
+    """What TensorRT or ONNX has in float32 and float16 only (transposed convolution, HardSwish, Einsum), and attention."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 48, 3, 4, 1)
+        self.norm, self.attention = nn.LayerNorm(48), nn.MultiheadAttention(48, 4, batch_first=True)
+        self.up, self.last = nn.ConvTranspose2d(48, 16, 2, 2), nn.Conv2d(16, num_classes, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = F.hardswish(self.first(images))
+        batch, channels, height, width = features.shape
+        tokens = self.norm(features.flatten(2).transpose(1, 2))
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        gram = torch.einsum("bnc,bnd->bcd", tokens, tokens).softmax(dim=-1)
+        mixed = (tokens @ gram).transpose(1, 2).reshape(batch, channels, height, width)
+        return self.last(F.hardswish(self.up(mixed)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [("fp16", set()), ("bf16", {f"there is no {op} in bf16" for op in ("ConvTranspose", "HardSwish", "Einsum")})],
+)
+def test_operators_that_do_not_exist_in_half_precision_stay_in_float32(
+    precision: str, kept: set[str], tmp_path: Path
+) -> None:
+    path = export(tmp_path, "test_tensorrt:Mixed", ("batch", "size"))
+    loose = ["--min-agreement", 0, "--max-miou-drop", 100]
+    result = build(path, f"--{precision}", *loose, "-o", tmp_path / "s.plan", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    card = json.loads((tmp_path / "s.plan.json").read_text())
+    assert set(card["float32_nodes"].values()) == kept
+    assert card["gate"]["agreement"] > 0.9
+
+
 def test_a_convolution_beyond_the_range_of_fp16_stays_in_float32(small: Path, tmp_path: Path) -> None:
     path = scaled_beyond_fp16(small, tmp_path / "net.onnx")
     reference = ["--reference", small.with_name("best.pt")]
@@ -412,6 +452,40 @@ def test_asymmetric_int8_is_refused_with_the_reason(small: Path, tmp_path: Path)
     assert result.returncode == 2
     assert "asymmetrically" in result.stderr
     assert "to_int8.py FLOAT32.onnx --target tensorrt" in result.stderr
+
+
+def in_float16(source: Path, out: Path) -> None:
+    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), out)
+
+
+def optimised(source: Path, out: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(out)
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (in_float16, "half precision already"),
+        (quantize_dynamic, "quantised already"),
+        (optimised, "not ONNX's (FusedConv)"),
+    ],
+)
+def test_a_graph_that_another_tool_rewrote_is_refused_with_the_reason(
+    change: Any, says: str, small: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.onnx"
+    change(small, path)
+    for precision in ("--fp16", "--fp32"):
+        result = build(path, precision, "-o", tmp_path / "s.plan", cwd=tmp_path)
+        assert result.returncode == 2
+        assert says in result.stderr
+    result = call_script("export/to_int8.py", path, "--target", "tensorrt", "-o", "q.onnx", cwd=tmp_path)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,27 @@ def test_a_crop_that_a_network_cannot_take_is_refused_before_training(tmp_path: 
     assert not (tmp_path / "x").exists()
 
 
+TWO_INPUTS = """
+class Two(nn.Module):
+    def forward(self, images, depth):
+        return images
+
+def two(num_classes):
+    return Two()
+"""
+
+
+def test_a_network_of_ones_own_that_fails_is_refused_with_what_it_is_given(tmp_path: Path) -> None:
+    write_folder_dataset(tmp_path / "data")
+    (tmp_path / "grey_network.py").write_text(NETWORK.replace("nn.Conv2d(3,", "nn.Conv2d(1,"))
+    (tmp_path / "two_network.py").write_text(f"from torch import nn\n{TWO_INPUTS}")
+    for model, says in (("grey_network:tiny", "(float32, 3 channels)"), ("two_network:two", "'depth'. Choose another")):
+        result = call_script("train/teacher.py", *TINY, "--model", model, "--out", "x", cwd=tmp_path)
+        assert result.returncode == 2, result.stderr
+        assert says in result.stderr
+        assert "or change that in the network" in result.stderr
+
+
 def test_a_layer_that_gives_no_feature_map_is_refused_before_training(trained: Path, tmp_path: Path) -> None:
     network = NETWORK.replace("nn.BatchNorm2d(16)", "nn.BatchNorm2d(16), nn.Flatten(), nn.Unflatten(1, (16, 12, 16))")
     (tmp_path / "flat_network.py").write_text(network)
