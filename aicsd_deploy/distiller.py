@@ -188,12 +188,13 @@ class Distiller:
         size = labels_BHW.shape[1:] if settings.distill_size == "full" else student.shape[2:]
         student, teacher = _resized(student, size), _resized(teacher, size)
         labels = labels_at(labels_BHW, size)
-        valid = labels != IGNORE_LABEL if settings.mask_ignored else torch.ones_like(labels, dtype=torch.bool)
+        counted = labels != IGNORE_LABEL if settings.mask_ignored else torch.ones_like(labels, dtype=torch.bool)
+        valid = counted
         if settings.teacher_errors == "mask":
             valid = valid & ((teacher.argmax(dim=1) == labels) | (labels == IGNORE_LABEL))
         if settings.teacher_confidence > 0:
             valid = valid & (torch.softmax(teacher.float(), dim=1).amax(dim=1) >= settings.teacher_confidence)
-        weight = probability_of_labels(teacher, labels) if settings.teacher_errors == "weigh" else None
+        weight = probability_of_labels(teacher, labels) if settings.teacher_errors == "weigh" else 1.0
         present = classes_present(teacher, labels) if settings.icsd_classes == "present" else None
         if self._known is not None:
             known = self._known = self._known.to(labels.device)
@@ -210,7 +211,9 @@ class Distiller:
                     "classes": present,
                 }
             if name == "kd":
-                options["weight"] = weight
+                # Its mean is over all that is labelled, as that of cross-entropy, and what is left out counts as 0 in it. A mean
+                # over what is left would be another one in each part of a step.
+                options |= {"valid": counted, "weight": weight * valid}
             terms[name] = LOGIT_LOSSES[name](student, teacher, **options)
             if name in MEANS_OVER_PIXELS and settings.mask_ignored:
                 terms[name] = terms[name] * fair_share(batch, size)
