@@ -255,7 +255,9 @@ def test_options_choose_which_pixels_and_classes_count(batch: Batch) -> None:
     true = t.argmax(1) == small
     torch.testing.assert_close(kd(teacher_errors="mask"), pixel_kd_loss(s, t, valid=labelled, weight=true))
     unlabelled_too = true | ~labelled
-    torch.testing.assert_close(kd(teacher_errors="mask", mask_ignored=False), pixel_kd_loss(s, t, weight=unlabelled_too))
+    torch.testing.assert_close(
+        kd(teacher_errors="mask", mask_ignored=False), pixel_kd_loss(s, t, weight=unlabelled_too)
+    )
     right = t.softmax(1).gather(1, small.clamp(max=2).unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(kd(teacher_errors="weigh"), pixel_kd_loss(s, t, valid=labelled, weight=right))
     everywhere = right.masked_fill(~labelled, 1)
