@@ -209,6 +209,18 @@ def test_balance_gives_each_term_the_wanted_share_of_the_gradient(method: str, b
     assert later.weights == resumed(batch, step=BALANCE_STEPS, total_steps=100).weights
 
 
+def test_balance_is_the_same_for_a_step_in_parts(batch: Batch) -> None:
+    labels = batch.labels_BHW.clone()
+    labels[0, 8:] = 255  # so that the parts have gradients of other lengths
+    batch = replace(batch, labels_BHW=labels)
+    whole, parts = (distiller(Network(0).eval(), Network(1), "cwd", balance=0.5) for _ in range(2))
+    whole(batch, step=0, total_steps=100)
+    for part in batch.split(2):
+        parts(part, step=0, total_steps=100)
+    ratios = [loss.state.get_buffer("squares_cwd") / loss.state.get_buffer("squares_ce") for loss in (whole, parts)]
+    torch.testing.assert_close(ratios[1], ratios[0])
+
+
 def test_a_broken_step_leaves_the_balance_alone(batch: Batch) -> None:
     student, teacher = Network(0), Network(1)
     loss = distiller(student, teacher, "kd", balance=0.5)
