@@ -266,7 +266,7 @@ def _try(network: nn.Module, metadata: Metadata, crop_size_hw: tuple[int, int] |
                 logits = network.eval()(torch.zeros(1, 3, *size, device=device))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise InputError(
-                f"{metadata.model} cannot take images of {size[0]}x{size[1]}: {first_line(error)} Choose another {flag}."
+                f"{metadata.model} cannot take images of {size[0]}x{size[1]}: {first_line(error).rstrip('.')}. Choose another {flag}."
             ) from error
         if not isinstance(logits, torch.Tensor) or logits.ndim != 4 or logits.shape[:2] != (1, expected):
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
