@@ -302,6 +302,13 @@ class DistillConfig(MethodConfig, TrainConfig):
         description="the student network: lraspp_mobilenetv2, deeplabv3plus_resnet18, … (README lists them), or smp:ARCHITECTURE:ENCODER, or package.module:function",
     )
 
+    @property
+    def teacher_size(self) -> tuple[int, int] | None:
+        """Size of the pictures that the teacher is shown, where the settings say it."""
+        if self.image_size is None:
+            return None
+        return round(self.image_size[0] * self.teacher_scale), round(self.image_size[1] * self.teacher_scale)
+
     @model_validator(mode="after")
     def _check_qat(self) -> Self:
         if self.qat != "off" and (self.sync_bn or self.checkpoint_activations):

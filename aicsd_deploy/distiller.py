@@ -40,7 +40,7 @@ OWN_LAMBDA = {"cwd": 3.0, "dist": 1.0, "at": 1.5, "sp": 15.0, "ickd": 1.0}
 """cwd and dist: their papers'. The others: such that on CamVid their gradient at the features is about half of cross-entropy's."""
 OWN_TEMPERATURE = {"cwd": 4.0}
 BALANCE_STEPS = 20
-"""Over so many first steps `balance` averages the gradients' norms; the weights stay as they are after."""
+"""Over so many first steps `balance` averages the gradients' squared norms; the weights stay as they are after."""
 GRADIENT_SCALE = 2.0**14
 """Keeps the gradients of single pixels above what float16 can show while their norm is taken."""
 
@@ -123,7 +123,7 @@ class Distiller:
         device = next(student.parameters()).device
         if self.settings.balance is not None:
             for name in ("ce", *self.names):
-                self.state.register_buffer(f"gradient_{name}", torch.zeros((), device=device))
+                self.state.register_buffer(f"squares_{name}", torch.zeros((), device=device))
         if method in FEATURE_LOSSES:
             self._student_tap = FeatureTap(student, self.settings.student_layer, who="student")
             self._teacher_tap = FeatureTap(teacher, self.settings.teacher_layer, who="teacher")
@@ -188,12 +188,13 @@ class Distiller:
         size = labels_BHW.shape[1:] if settings.distill_size == "full" else student.shape[2:]
         student, teacher = _resized(student, size), _resized(teacher, size)
         labels = labels_at(labels_BHW, size)
-        valid = labels != IGNORE_LABEL if settings.mask_ignored else torch.ones_like(labels, dtype=torch.bool)
+        counted = labels != IGNORE_LABEL if settings.mask_ignored else torch.ones_like(labels, dtype=torch.bool)
+        valid = counted
         if settings.teacher_errors == "mask":
             valid = valid & ((teacher.argmax(dim=1) == labels) | (labels == IGNORE_LABEL))
         if settings.teacher_confidence > 0:
             valid = valid & (torch.softmax(teacher.float(), dim=1).amax(dim=1) >= settings.teacher_confidence)
-        weight = probability_of_labels(teacher, labels) if settings.teacher_errors == "weigh" else None
+        weight = probability_of_labels(teacher, labels) if settings.teacher_errors == "weigh" else 1.0
         present = classes_present(teacher, labels) if settings.icsd_classes == "present" else None
         if self._known is not None:
             known = self._known = self._known.to(labels.device)
@@ -210,7 +211,9 @@ class Distiller:
                     "classes": present,
                 }
             if name == "kd":
-                options["weight"] = weight
+                # Its mean is over all that is labelled, as that of cross-entropy, and what is left out counts as 0 in it. A mean
+                # over what is left would be another one in each part of a step.
+                options |= {"valid": counted, "weight": weight * valid}
             terms[name] = LOGIT_LOSSES[name](student, teacher, **options)
             if name in MEANS_OVER_PIXELS and settings.mask_ignored:
                 terms[name] = terms[name] * fair_share(batch, size)
@@ -225,17 +228,16 @@ class Distiller:
             return {name: lambdas[name] for name in self.names}
         sums = dict(self.state.named_buffers())
         if step < BALANCE_STEPS:
-            norms = torch.stack([_gradient_norm(term, anchor) for term in terms.values()])
-            norms = sum_over_processes(norms)  # the same weights in every process
-            norms = torch.where(torch.isfinite(norms).all(), norms, 0.0)  # a broken step tells nothing
-            for name, norm in zip(terms, norms, strict=True):
-                sums[f"gradient_{name}"] += norm
+            squares = torch.stack([_gradient_norm(term, anchor) for term in terms.values()]).square()
+            squares = sum_over_processes(squares)  # those of the whole step, and the same weights in every process
+            squares = torch.where(torch.isfinite(squares).all(), squares, 0.0)  # a broken step tells nothing
+            for name, square in zip(terms, squares, strict=True):
+                sums[f"squares_{name}"] += square
             self._balanced = None
         if self._balanced is None:
-            ce = sums["gradient_ce"].item()
-            self._balanced = {
-                n: settings.balance * ce / max(sums[f"gradient_{n}"].item(), 1e-6 * ce, 1e-30) for n in self.names
-            }
+            norms = {name: sums[f"squares_{name}"].sqrt().item() for name in terms}
+            ce = norms["ce"]
+            self._balanced = {n: settings.balance * ce / max(norms[n], 1e-6 * ce, 1e-30) for n in self.names}
         return self._balanced
 
     def _weights(self, lambdas: dict[str, float], step: int, total_steps: int) -> tuple[dict[str, float], float | None]:

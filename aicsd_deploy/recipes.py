@@ -73,7 +73,9 @@ def distill(config: DistillConfig, out: Path, *, resume: bool = False) -> dict[s
         asked = asked.model_copy(update={"image_size": config.image_size})
         train_teacher(TrainConfig(**settings_for_teacher(asked)), own, resume=True)
     classes = listed(config.data, "val").classes
-    teacher = open_teacher(name, classes, class_map=config.class_map, from_artifact=from_artifact)
+    teacher = open_teacher(
+        name, classes, class_map=config.class_map, from_artifact=from_artifact, size_hw=config.teacher_size
+    )
     say(f"teacher: {name} ({teacher.metadata.model})")
     compared = classes if teacher.known_classes is None else teacher.known_classes
     if len(compared) == 2 and config.method in ("icsd", "aicsd") and config.icsd_normalize == "row":

@@ -54,7 +54,12 @@ class _Found:
 
 
 def open_teacher(
-    name: str, classes: tuple[SegClass, ...], *, class_map: Path | None = None, from_artifact: bool = False
+    name: str,
+    classes: tuple[SegClass, ...],
+    *,
+    class_map: Path | None = None,
+    from_artifact: bool = False,
+    size_hw: tuple[int, int] | None = None,
 ) -> Teacher:
     """Load a teacher and make it fit the student's classes.
 
@@ -66,6 +71,7 @@ def open_teacher(
         classes: the student's classes.
         class_map: a file that says which classes of the teacher are which of the student; see `match_classes`.
         from_artifact: the name was read from a file and not given by the user; see `build_model`.
+        size_hw: a size of pictures that it is to take; its classes are counted with one. None: 128x128.
 
     Raises:
         InputError: there is no such teacher, it cannot be loaded safely, or its classes cannot be those of the student.
@@ -88,7 +94,11 @@ def open_teacher(
             LogitsOf(load_callable(name, len(classes), from_artifact=from_artifact)), None, _plain_metadata(name)
         )
     network = found.network.float().eval()  # files of half precision: the run chooses its own (`--precision`)
-    count = len(found.class_names) if found.class_names is not None else _count_classes(network, name)
+    count = (
+        len(found.class_names)
+        if found.class_names is not None
+        else _count_classes(network, name, size_hw or (128, 128))
+    )
     groups = match_classes(found.class_names, count, [c.name for c in classes], class_map=class_map, teacher=name)
     if groups is not None:
         network = RemappedClasses(network, groups).eval()
@@ -108,7 +118,7 @@ class LogitsOf(nn.Module):
         output = self.model(images_BCHW)
         if isinstance(output, Mapping):
             output = output.get("out", output.get("logits"))
-        elif isinstance(output, list | tuple):
+        elif isinstance(output, list | tuple) and output:
             output = output[0]
         if not isinstance(output, Tensor) or output.ndim != 4:
             raise InputError(
@@ -127,9 +137,17 @@ def _from_file(path: Path) -> _Found:
     state = state_of_published(_content(path))
     if state is not None:
         network = build_published(state, origin=str(path))
-        names = [c.name for c in VOC_CLASSES] if _count_classes(network, str(path)) == len(VOC_CLASSES) else None
+        names = (
+            [c.name for c in VOC_CLASSES] if state["decoder.last_conv.8.weight"].shape[0] == len(VOC_CLASSES) else None
+        )
         return _Found(network, names, _plain_metadata(str(path)), sha256(path))
-    checkpoint = load_checkpoint(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except InputError as error:
+        raise InputError(
+            f"{error} A network from elsewhere: torchvision:NAME:FILE, smp:FOLDER or hf:FOLDER, or package.module:function, your own "
+            "function that loads it."
+        ) from error
     return _Found(checkpoint.build(), checkpoint.metadata.class_names, checkpoint.metadata, sha256(path))
 
 
@@ -226,17 +244,23 @@ def _from_torchvision(rest: str) -> _Found:
                 f"torchvision:{name}:WEIGHTS.pth."
             ) from error
     path = existing_file(Path(weights_file).expanduser(), "The weights file")
-    state = _content(path)
-    classifier = (
-        [k for k in state if k.startswith("classifier.") and k.endswith(".weight")] if isinstance(state, dict) else []
-    )
-    if not classifier:
+    content = _content(path)
+    if content is None:
+        raise InputError(
+            f"{path} cannot be loaded safely, or is damaged. Write it with torch.save(model.state_dict(), FILE)."
+        )
+    nested = (
+        content.get("model", content) if isinstance(content, dict) else {}
+    )  # as torchvision's own training script saves it
+    state = {str(key).removeprefix("module."): value for key, value in nested.items()}
+    head = next((state[k] for k in ("classifier.4.weight", "classifier.low_classifier.weight") if k in state), None)
+    if head is None:
         raise InputError(
             f"{path} does not hold the state dict of torchvision's {name}: no tensor is named classifier.… Write it with "
             "torch.save(model.state_dict(), FILE)."
         )
     try:
-        count = state[classifier[-1]].shape[0]
+        count = head.shape[0]
         auxiliary = any(k.startswith("aux_classifier.") for k in state)
         options = {} if name.startswith("lraspp") else {"aux_loss": auxiliary}
         model = tv.get_model(name, weights=None, weights_backbone=None, num_classes=count, **options)
@@ -274,11 +298,14 @@ def _from_smp(folder: str) -> _Found:
 
 
 @torch.no_grad()
-def _count_classes(network: nn.Module, name: str) -> int:
+def _count_classes(network: nn.Module, name: str, size_hw: tuple[int, int]) -> int:
     try:
-        output: Tensor = network.eval()(torch.zeros(1, 3, 128, 128))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError(f"The teacher {name} cannot take a 128x128 image: {first_line(error)}") from error
+        output: Tensor = network.eval()(torch.zeros(1, 3, *size_hw))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"The teacher {name} cannot take an image of {size_hw[0]}x{size_hw[1]}: {first_line(error).rstrip('.')}. If it "
+            "takes one size only, give that with --image-size."
+        ) from error
     if output.min() >= 0 and torch.allclose(output.sum(dim=1), torch.ones(())):
         raise InputError(
             f"The teacher {name} gives probabilities, but logits are compared here, and softmax of probabilities is nearly the "

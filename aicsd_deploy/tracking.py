@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset, evenly_spread
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.files import atomic_path, write_png
+from aicsd_deploy.files import DISK_FULL, atomic_path, write_png
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import Backend, UInt8Array
 from aicsd_deploy.runtime.frames import segment
@@ -50,6 +51,7 @@ class RunLog:
             say(f"warning: {folder / METRICS} has lost lines since its run was saved; it goes on from what is there.")
         else:
             self._file.truncate(keep_bytes)
+        self._hook, threading.excepthook = threading.excepthook, self._report_thread
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def _lock(self, folder: Path) -> None:
@@ -83,6 +85,12 @@ class RunLog:
         with contextlib.suppress(OSError):  # of a full disk, which has been said by then
             self._file.close()
             self._board.close()
+        threading.excepthook = self._hook
+
+    def _report_thread(self, args: threading.ExceptHookArgs) -> None:
+        """Print the traceback of a thread, but not of TensorBoard's on a full disk: the next line of the log raises that error."""
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_FULL):
+            self._hook(args)
 
 
 def _with_nulls(value: Any) -> Any:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"No --source is given: this shows {what}.")
         scorer = None
         if args.labels is not None:
-            true = true_labels(args.labels, args.split, about.classes)
+            true = true_labels(args.labels, args.split or "val", about.classes)
             scorer = Scorer(*true, about.class_names, max_frames=args.max_frames)
         sinks = open_sinks(args, about.classes, title=f"{about.model} {about.precision}")
         sink = SinkGroup([*sinks, *([scorer] if scorer else [])])

@@ -209,6 +209,18 @@ def test_balance_gives_each_term_the_wanted_share_of_the_gradient(method: str, b
     assert later.weights == resumed(batch, step=BALANCE_STEPS, total_steps=100).weights
 
 
+def test_balance_is_the_same_for_a_step_in_parts(batch: Batch) -> None:
+    labels = batch.labels_BHW.clone()
+    labels[0, 8:] = 255  # so that the parts have gradients of other lengths
+    batch = replace(batch, labels_BHW=labels)
+    whole, parts = (distiller(Network(0).eval(), Network(1), "cwd", balance=0.5) for _ in range(2))
+    whole(batch, step=0, total_steps=100)
+    for part in batch.split(2):
+        parts(part, step=0, total_steps=100)
+    ratios = [loss.state.get_buffer("squares_cwd") / loss.state.get_buffer("squares_ce") for loss in (whole, parts)]
+    torch.testing.assert_close(ratios[1], ratios[0])
+
+
 def test_a_broken_step_leaves_the_balance_alone(batch: Batch) -> None:
     student, teacher = Network(0), Network(1)
     loss = distiller(student, teacher, "kd", balance=0.5)
@@ -252,16 +264,19 @@ def test_options_choose_which_pixels_and_classes_count(batch: Batch) -> None:
         return distiller(student, teacher, "kd", **settings)(batch, step=0, total_steps=1).terms["kd"]
 
     torch.testing.assert_close(kd(mask_ignored=False), pixel_kd_loss(s, t))
-    torch.testing.assert_close(kd(teacher_errors="mask"), pixel_kd_loss(s, t, valid=t.argmax(1) == small))
-    unlabelled_too = (t.argmax(1) == small) | ~labelled
-    torch.testing.assert_close(kd(teacher_errors="mask", mask_ignored=False), pixel_kd_loss(s, t, valid=unlabelled_too))
+    true = t.argmax(1) == small
+    torch.testing.assert_close(kd(teacher_errors="mask"), pixel_kd_loss(s, t, valid=labelled, weight=true))
+    unlabelled_too = true | ~labelled
+    torch.testing.assert_close(
+        kd(teacher_errors="mask", mask_ignored=False), pixel_kd_loss(s, t, weight=unlabelled_too)
+    )
     right = t.softmax(1).gather(1, small.clamp(max=2).unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(kd(teacher_errors="weigh"), pixel_kd_loss(s, t, valid=labelled, weight=right))
     everywhere = right.masked_fill(~labelled, 1)
     torch.testing.assert_close(kd(teacher_errors="weigh", mask_ignored=False), pixel_kd_loss(s, t, weight=everywhere))
     sure = t.softmax(1).amax(1) >= 0.45
     assert 0 < (sure & labelled).sum() < labelled.sum()
-    torch.testing.assert_close(kd(teacher_confidence=0.45), pixel_kd_loss(s, t, valid=sure & labelled))
+    torch.testing.assert_close(kd(teacher_confidence=0.45), pixel_kd_loss(s, t, valid=labelled, weight=sure))
     full = [torch.nn.functional.interpolate(z, size=(16, 16), mode="bilinear") for z in (s, t)]
     torch.testing.assert_close(kd(distill_size="full"), pixel_kd_loss(*full, valid=batch.labels_BHW != 255))
     ics = distiller(student, teacher, "icsd", icsd_classes="present", icsd_direction="symmetric", icsd_normalize="none")
@@ -305,7 +320,7 @@ def test_classes_that_the_teacher_does_not_know_are_left_out(batch: Batch) -> No
     loss = Distiller(student, teacher, MethodConfig(method="kd"), known_classes=[0, 2])
     s, t = (network(batch.images_BCHW)[:, [0, 2]] for network in (student, teacher))
     small = labels_at(batch.labels_BHW, (4, 4))
-    expected = pixel_kd_loss(s, t, valid=(small == 0) | (small == 2))
+    expected = pixel_kd_loss(s, t, valid=small != 255, weight=small != 1)
     torch.testing.assert_close(loss(batch, step=0, total_steps=1).terms["kd"], expected)
 
 

@@ -198,7 +198,7 @@ def test_adapters_are_saved_with_the_run_and_not_with_the_student(studied: Path)
     )
     assert result.returncode == 0, result.stderr
     last = torch.load(studied / "ickd/last.pt", weights_only=True)
-    assert set(last["training"]["loss"]) == {"gradient_ce", "gradient_ickd", "adapter.weight"}
+    assert set(last["training"]["loss"]) == {"squares_ce", "squares_ickd", "adapter.weight"}
     assert last["training"]["loss"]["adapter.weight"].shape == (16, 16, 1, 1)
     assert not any("adapter" in name for name in torch.load(studied / "ickd/best.pt", weights_only=True)["model"])
 

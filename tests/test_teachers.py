@@ -101,6 +101,18 @@ def test_probabilities_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_teacher("softened:network", CLASSES)
 
 
+def test_a_teacher_that_takes_one_size_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one_size.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Network(nn.Conv2d):\n    def forward(self, images):\n"
+        "        assert images.shape[2:] == (32, 64), 'wrong height or width'\n        return super().forward(images)\n\n\n"
+        "def network(n):\n    return Network(3, n, 1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert open_teacher("one_size:network", CLASSES, size_hw=(32, 64)).known_classes is None
+    with pytest.raises(InputError, match=r"an image of 128x128: wrong height or width\. .*--image-size"):
+        open_teacher("one_size:network", CLASSES)
+
+
 def test_unnamed_classes_are_taken_in_order_and_another_number_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,9 +161,20 @@ def test_torchvision_and_smp_from_files(tmp_path: Path, capsys: pytest.CaptureFi
         torch.testing.assert_close(teacher.network(IMAGES), model(IMAGES)["out"])
     with pytest.raises(InputError, match=r"(?s)21 classes: background.*--class-map"):
         open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'tv.pth'}", CLASSES)
-    torch.save({"model": model.state_dict()}, tmp_path / "nested.pth")
-    with pytest.raises(InputError, match=r"no tensor is named classifier.*state_dict\(\)"):
-        open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'nested.pth'}", VOC_CLASSES)
+    named = dict(sorted((f"module.{name}", value) for name, value in model.state_dict().items()))
+    torch.save(
+        {"model": named, "epoch": 3}, tmp_path / "nested.pth"
+    )  # as torchvision's training script, of several GPUs
+    teacher = open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'nested.pth'}", VOC_CLASSES)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.network(IMAGES), model(IMAGES)["out"])
+    for content in ({"weights": model.state_dict()}, {0: torch.zeros(1)}, [torch.zeros(1)]):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(InputError, match=r"no tensor is named classifier.*state_dict\(\)"):
+            open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'other.pth'}", VOC_CLASSES)
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "tv.pth").read_bytes()[:9999])
+    with pytest.raises(InputError, match=r"cut.pth cannot be loaded safely, or is damaged"):
+        open_teacher(f"torchvision:lraspp_mobilenet_v3_large:{tmp_path / 'cut.pth'}", VOC_CLASSES)
     with pytest.raises(
         InputError, match=r"state dict of torchvision's fcn_resnet50: .* Missing key.*backbone.conv1.weight"
     ):

@@ -244,8 +244,8 @@ def read_mask(
         if picture.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
             colored = "" if colors is None else ", or red, green and blue in the colours of the classes"
             raise InputError(
-                f"{path} is a picture of mode {picture.mode}, but labels must be index masks: one channel of whole numbers, "
-                f"which are class indices{colored}. Convert it first."
+                f"{path} is a picture of mode {picture.mode}. Labels must be index masks: one channel of whole numbers, which are "
+                f"class indices{colored}. Convert it first."
             )
         values = np.asarray(picture)
         if values.size and (values.max() > 255 or values.min() < 0):
@@ -298,6 +298,11 @@ def _from_colors(picture_HWC: UInt8Array, colors: Mapping[RGB, int | None], path
     found, where = np.unique(packed, return_inverse=True)
     triples = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in found]
     unknown = [color for color in triples if color not in values_of]
+    if unknown and all(red == green == blue for red, green, blue in triples):
+        raise InputError(
+            f"{path} has three channels that are all the same, such as {unknown[0]}, which is no class's colour. If its values are "
+            "the class indices, keep one channel (Pillow: Image.open(path).getchannel(0).save(path))."
+        )
     if unknown:
         raise InputError(
             f"{path} is a colour picture with {len(unknown)} colour{'s' if len(unknown) > 1 else ''} that no class has, such as "

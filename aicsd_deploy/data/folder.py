@@ -173,6 +173,7 @@ def _by_stem(folder: Path, what: str, *, end: str = "") -> dict[str, Path]:
         files[stem] = path
     if not files:
         raise InputError(
-            f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}). Put the {what} of this split there."
+            f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}; folders inside it are not looked into). Put the {what} of "
+            "this split there."
         )
     return files

@@ -49,7 +49,9 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     sha256_of = lru_cache(_sha256_of_teacher)  # most cells have the same
     for settings in planned.values():
         if settings.teacher is not None:
-            sha256_of(settings.teacher, settings.data, settings.class_map)  # one that cannot be used is told at once
+            sha256_of(
+                settings.teacher, settings.data, settings.class_map, settings.teacher_size
+            )  # one that cannot be used is told at once
     cells = {}
     for number, ((name, seed), settings) in enumerate(planned.items(), start=1):
         say(f"cell {number}/{len(planned)}: {name}, seed {seed}")
@@ -70,9 +72,7 @@ def _own_teacher(config: StudyConfig, folder: Path) -> str:
     return str(folder / BEST)
 
 
-def _finished_cell(
-    settings: DistillConfig, folder: Path, sha256_of: Callable[[str, str, Path | None], str]
-) -> dict[str, Any] | None:
+def _finished_cell(settings: DistillConfig, folder: Path, sha256_of: Callable[..., str]) -> dict[str, Any] | None:
     """Return what a cell gave; None where it is not done yet. Raise InputError where it was another one."""
     if not (folder / CELL).is_file():
         return None
@@ -81,7 +81,8 @@ def _finished_cell(
     theirs = DistillConfig().model_dump(mode="json") | cell["settings"]  # what an older version did not know was so
     lines = [f"  {text}" for name, text in changes(ours, theirs).items() if name not in FREE_TO_CHANGE]
     if settings.teacher is not None and "teacher_sha256" in cell:  # cells of an older version do not say it
-        was, now = cell["teacher_sha256"], sha256_of(settings.teacher, settings.data, settings.class_map)
+        was = cell["teacher_sha256"]
+        now = sha256_of(settings.teacher, settings.data, settings.class_map, settings.teacher_size)
         if was != now:
             lines.append(
                 f"  teacher: was {cell['teacher']['path']} ({was[:12]}…), now {settings.teacher} ({now[:12]}…)"
@@ -119,8 +120,8 @@ def _run_cell(settings: DistillConfig, name: str, folder: Path) -> dict[str, Any
     return cell
 
 
-def _sha256_of_teacher(name: str, data: str, class_map: Path | None) -> str:
-    return open_teacher(name, open_dataset(data, "val").classes, class_map=class_map).digest
+def _sha256_of_teacher(name: str, data: str, class_map: Path | None, size_hw: tuple[int, int] | None) -> str:
+    return open_teacher(name, open_dataset(data, "val").classes, class_map=class_map, size_hw=size_hw).digest
 
 
 def _reset_peak_memory() -> None:

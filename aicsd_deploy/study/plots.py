@@ -61,10 +61,13 @@ def _teacher_backend(
     study: dict[str, Any], dataset: SegmentationDataset, student: Metadata, device: torch.device
 ) -> Backend:
     class_map = study["recipe"]["class_map"]
-    teacher = open_teacher(
-        study["teacher"]["path"], dataset.classes, class_map=None if class_map is None else Path(class_map)
-    )
     size_hw = scaled(student.image_size_hw, study["recipe"]["teacher_scale"])
+    teacher = open_teacher(
+        study["teacher"]["path"],
+        dataset.classes,
+        class_map=None if class_map is None else Path(class_map),
+        size_hw=size_hw,
+    )
     metadata = teacher.metadata.replace(image_size_hw=size_hw)
     return TorchBackend(teacher.network, metadata, device=device)
 

@@ -30,6 +30,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     args = parser.parse_args(argv)
     _check_names(parser, args)
     _check_audio(parser, args)
+    if args.split and (args.labels is None or Path(args.labels).is_dir()):
+        parser.error(f"--split {args.split} chooses images of a data set, and --labels names none")
     _check_outputs(parser, args)
     if args.window:
         require_display()
@@ -93,7 +95,7 @@ def _parser(description: str | None) -> Parser:
         metavar="LABELS",
         help="score the video: a data set whose images are its frames (camvid:PATH, folder:PATH), or a folder of label maps",
     )
-    add("--split", choices=("train", "val", "test"), default="val", help="which images of the data set --labels")
+    add("--split", choices=("train", "val", "test"), help="which images of the data set --labels (default: val)")
     add_runtime_flags(parser, threads="CPU threads for each copy of the network (default: the cores are shared out)")
     add(
         "--in-flight",

@@ -158,8 +158,14 @@ def break_image_cut_off(root: Path) -> str:
 
 
 def break_color_mask(root: Path) -> str:
-    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(root / "train/labels/007.png")
-    return "1 colour that no class has, such as (0, 0, 0)"
+    Image.new("RGB", (64, 48), (1, 2, 3)).save(root / "train/labels/007.png")
+    return "1 colour that no class has, such as (1, 2, 3)"
+
+
+def break_three_equal_channels(root: Path) -> str:
+    path = root / "train/labels/007.png"
+    Image.open(path).convert("RGB").save(path)
+    return "three channels that are all the same, such as (0, 0, 0), which is no class's colour. If its values are the class indices"
 
 
 def break_missing_label(root: Path) -> str:
@@ -230,6 +236,7 @@ def break_everything_ignored(root: Path) -> str:
         break_label_picture,
         break_image_cut_off,
         break_color_mask,
+        break_three_equal_channels,
         break_missing_label,
         break_list,
         break_no_class_list,
@@ -376,7 +383,7 @@ def test_masks_of_any_whole_numbers_and_no_others(tmp_path: Path) -> None:
     Image.frombytes("I;16B", (3, 2), values.astype(">u2").tobytes()).save(path)
     assert (read_mask(path) == values).all()
     Image.fromarray(values.astype(np.float32)).save(path)
-    with pytest.raises(InputError, match="mode F, but labels must be index masks"):
+    with pytest.raises(InputError, match=r"mode F\. Labels must be index masks"):
         read_mask(path)
 
 

@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import CLASSES, NETWORK, REPO, TINY, call_script, log_lines, write_folder_dataset
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint
 from aicsd_deploy.files import DISK_FULL
@@ -212,6 +214,25 @@ def test_a_disk_that_is_full_when_the_log_is_opened(work: Path) -> None:
         result = call_script("train/distill.py", *RUN, "--out", "unopened", cwd=work)
     assert result.returncode == 2
     assert "unopened cannot be written to: No space left on device. Make room" in result.stderr
+
+
+def test_a_disk_that_is_full_for_tensorboard_alone(work: Path) -> None:
+    """It writes in a thread of its own, whose error is told once and without a traceback."""
+    good, calls, unraised = RecordWriter.write, [], []
+
+    def fills_up(writer: RecordWriter, data: bytes) -> None:
+        calls.append(1)
+        if len(calls) > 40:
+            raise OSError(DISK_FULL[0], os.strerror(DISK_FULL[0]))
+        good(writer, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", unraised.append)
+        patch.setattr(RecordWriter, "write", fills_up)
+        result = call_script("train/distill.py", *RUN, "--out", "board", cwd=work)
+    assert result.returncode == 2
+    assert "board cannot be written to: No space left on device." in result.stderr
+    assert not unraised
 
 
 def test_quantisation_aware_training_is_resumed_with_its_ranges(work: Path) -> None:

@@ -46,20 +46,25 @@ def batch() -> Batch:
     return Batch(torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8), labels)
 
 
-def step_of(network: nn.Module, **settings: Any) -> TrainStep:
+def step_of(network: nn.Module, *, known: list[int] | None = None, **settings: Any) -> TrainStep:
     config = DistillConfig(**{"lr": 0.01, "warmup_steps": 0, "batch_size": 4} | settings)
     dtype = autocast_dtype(config.precision, CPU)
     teacher = lowered(Network(9), dtype)
-    return TrainStep(
-        network, Distiller(network, teacher, MethodConfig(method="aicsd"), autocast=dtype), config, CPU, autocast=dtype
-    )
+    method = MethodConfig(**config.model_dump(include=set(MethodConfig.model_fields)))
+    distiller = Distiller(network, teacher, method, known_classes=known, autocast=dtype)
+    return TrainStep(network, distiller, config, CPU, autocast=dtype)
 
 
 @pytest.mark.parametrize("method_step", [1, 3])
-def test_a_step_in_parts_is_the_step_at_once(batch: Batch, method_step: int) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"teacher_errors": "mask"}, {"teacher_errors": "weigh"}, {"teacher_confidence": 0.4}, {"known": [0, 2]}],
+    ids=str,
+)
+def test_a_step_in_parts_is_the_step_at_once(batch: Batch, method_step: int, settings: dict[str, Any]) -> None:
     whole, parts = Network(0), Network(0)
     logged = [
-        step_of(network, accumulate=count)(batch, step=method_step, total=5, logs=True)
+        step_of(network, accumulate=count, **settings)(batch, step=method_step, total=5, logs=True)
         for network, count in ((whole, 1), (parts, 2))
     ]
     assert logged[1]["loss"] == pytest.approx(logged[0]["loss"], rel=1e-5)

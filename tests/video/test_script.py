@@ -133,6 +133,7 @@ def test_without_an_output_it_shows_the_video_in_a_browser_and_says_where(tmp_pa
         ("--engine e.onnx --source in.mp4 -o .mp4", "Cannot write .mp4"),
         ("--engine e.onnx --source in.mp4 --window", "no display"),
         ("--engine e.onnx --audio", "needs a video"),
+        ("--engine e.onnx --split test", "--split test chooses images of a data set, and --labels names none"),
         ("--engine e.onnx --source in.mp4 --preview 99999", "not an address"),
         ("--engine e.onnx --smooth 1000", "too many"),
         ("--engine e.onnx --json in.mp4/r.json", "Cannot write"),
