@@ -249,9 +249,8 @@ def _from_torchvision(rest: str) -> _Found:
         raise InputError(
             f"{path} cannot be loaded safely, or is damaged. Write it with torch.save(model.state_dict(), FILE)."
         )
-    nested = (
-        content.get("model", content) if isinstance(content, dict) else {}
-    )  # as torchvision's own training script saves it
+    # torchvision's own training script saves the state dict among other things.
+    nested = content.get("model", content) if isinstance(content, dict) else {}
     state = {str(key).removeprefix("module."): value for key, value in nested.items()}
     head = next((state[k] for k in ("classifier.4.weight", "classifier.low_classifier.weight") if k in state), None)
     if head is None:

@@ -49,9 +49,8 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     sha256_of = lru_cache(_sha256_of_teacher)  # most cells have the same
     for settings in planned.values():
         if settings.teacher is not None:
-            sha256_of(
-                settings.teacher, settings.data, settings.class_map, settings.teacher_size
-            )  # one that cannot be used is told at once
+            # One that cannot be used is told at once.
+            sha256_of(settings.teacher, settings.data, settings.class_map, settings.teacher_size)
     cells = {}
     for number, ((name, seed), settings) in enumerate(planned.items(), start=1):
         say(f"cell {number}/{len(planned)}: {name}, seed {seed}")
