@@ -24,9 +24,6 @@ from aicsd_deploy.metadata import IGNORE_LABEL
 from aicsd_deploy.training.distributed import sum_over_processes, world_size
 from aicsd_deploy.training.timing import Phase, untimed
 
-MEANS_OVER_PIXELS = ("kd",)
-"""Terms that are means over labelled pixels of the logits; the others are means over images. See `fair_share`."""
-
 TERMS = {"none": (), "aicsd": ("kd", "icsd")}
 """The teacher's terms of a method; every other method has the one of its own name."""
 LOGIT_LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -215,7 +212,7 @@ class Distiller:
                 # over what is left would be another one in each part of a step.
                 options |= {"valid": counted, "weight": weight * valid}
             terms[name] = LOGIT_LOSSES[name](student, teacher, **options)
-            if name in MEANS_OVER_PIXELS and settings.mask_ignored:
+            if name == "kd" and settings.mask_ignored:  # the others are means over images
                 terms[name] = terms[name] * fair_share(batch, size)
         return terms
 
