@@ -17,6 +17,7 @@ from aicsd_deploy.runtime.frames import FITS
 from aicsd_deploy.video.label_sinks import PngSink, RleSink
 from aicsd_deploy.video.preview import PreviewSink
 from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink, WindowSink, require_display
+from aicsd_deploy.video.sources import without_file_scheme
 
 
 def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,6 +29,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     """
     parser = _parser(description)
     args = parser.parse_args(argv)
+    if args.source:
+        args.source = without_file_scheme(args.source)
     _check_names(parser, args)
     _check_audio(parser, args)
     if args.split and (args.labels is None or Path(args.labels).is_dir()):

@@ -227,8 +227,7 @@ def open_source(
         return SyntheticSource(synthetic_hw)
     if not spec:
         raise InputError("--source is empty. Name a file, a folder, a camera's number or an address, or leave it out.")
-    if spec.startswith("file://"):
-        spec = url2pathname(urlsplit(spec).path)
+    spec = without_file_scheme(spec)
     if (number := spec.removeprefix("/dev/video")).isdecimal() and len(number) < 4:
         from aicsd_deploy.video.live import open_camera
 
@@ -245,6 +244,11 @@ def open_source(
 
     path = existing_file(spec, "The video")
     return WebpSource(path) if is_animated_webp(path) else FileSource(path)
+
+
+def without_file_scheme(spec: str) -> str:
+    """Return the path that a file:// address stands for; anything else as it is."""
+    return url2pathname(urlsplit(spec).path) if spec.startswith("file://") else spec
 
 
 def _first_camera() -> Source | None:

@@ -302,7 +302,7 @@ def interruptible(work: Callable[[], Source]) -> Source:
 
 def without_password(address: str) -> str:
     """Return an address fit to be printed: what stands before an @ is left out."""
-    return re.sub(r"://[^/@]*@", "://…@", address)
+    return re.sub(r"://[^/?#]*@", "://…@", address)  # to the last @, as FFmpeg reads it: a password may hold one
 
 
 def _reason(error: BaseException) -> str:

@@ -195,9 +195,10 @@ class AudioCopy:
             output.start_encoding()  # writes the header, which fails where the container does not take the codec
         except (ValueError, NotImplementedError) as error:
             self._input.close()
+            others = [suffix for suffix in VIDEO_SUFFIXES if not output.name.lower().endswith(suffix)]
             raise InputError(
                 f"The sound of {name} ({track.codec_context.name}) cannot be copied into this kind of file. "
-                f"Write another of {', '.join(VIDEO_SUFFIXES)}, or leave out --audio."
+                f"Try {' or '.join(others)}, or leave out --audio."
             ) from error
         step_s = Fraction(track.codec_context.frame_size or 1024, track.codec_context.sample_rate or 48000)
         self._timeline = timeline_of(self._input, step_s=step_s)

@@ -148,6 +148,15 @@ def test_labels_of_a_folder_name_their_pictures(tmp_path: Path) -> None:
     assert [line["picture"] for line in lines] == ["my img2.png", "my img10.png"]
 
 
+def test_the_name_of_a_picture_may_be_no_utf8(tmp_path: Path) -> None:
+    sink = PngSink(tmp_path / "maps", CLASSES)
+    sink.open(Numbered(1))
+    labels = np.zeros((2, 2), np.uint8)
+    sink.write(Frame(0, np.zeros((2, 2, 3), np.uint8), 0.0, labels=labels, picture="caf\udce9.png"))
+    sink.close(None)
+    assert (tmp_path / "maps/times.txt").read_bytes().endswith(b" caf\xe9.png\n")
+
+
 def test_an_error_keeps_the_lines_until_then_under_another_name(tmp_path: Path) -> None:
     frames = frames_of(*[np.ones((2, 3), np.uint8)] * 9)
     with room_for_files(180), pytest.raises(OSError, match=r"too large: .*labels\.jsonl"):

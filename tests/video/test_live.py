@@ -346,7 +346,9 @@ def test_a_looped_source_that_breaks_off_is_lost_and_one_that_is_cancelled_ends(
 
 def test_passwords_are_not_printed() -> None:
     assert without_password("rtsp://me:secret@cam/1") == "rtsp://…@cam/1"
+    assert without_password("rtsp://me:p@ss@cam/1") == "rtsp://…@cam/1"
     assert without_password("rtsp://cam/a@b") == "rtsp://cam/a@b"
+    assert without_password("http://cam?mail=a@b") == "http://cam?mail=a@b"
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from video_helpers import CLASSES, encode, grey_frames, read_back
 
 from aicsd_deploy.cli import needed_packages
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import write_png
 from aicsd_deploy.video.flags import parse
 
@@ -170,6 +171,13 @@ def test_a_missing_camera_gives_one_line(tmp_path: Path) -> None:
     done = run_script(tmp_path, "--engine e.onnx --source 97 -o out.mp4", fake_network=True)
     check_refused(tmp_path, done, "Camera 97 cannot be opened")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_address_of_a_file_is_that_file_to_every_flag(tmp_path: Path) -> None:
+    path = tmp_path / "a b.mp4"
+    assert parse(None, ["--source", path.as_uri(), "--audio", "-o", "out.mp4"]).source == str(path)
+    with pytest.raises(InputError, match="--json names the same file"):
+        parse(None, ["--source", path.as_uri(), "--json", str(path)])
 
 
 def test_names_of_classes_may_have_spaces_around_them() -> None:
