@@ -166,6 +166,7 @@ def test_an_operator_that_is_newer_than_the_operator_set_is_named(tmp_path: Path
 
 def test_a_size_that_one_of_the_two_cannot_take_fails_the_gate(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(trained))  # where the network is
+
     class Picky(TorchBackend):
         def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
             if frames_NHWC.shape[1] == 64:
