@@ -317,11 +317,27 @@ def test_classes_present_are_those_of_the_labels_and_of_the_logits() -> None:
 
 def test_classes_that_the_teacher_does_not_know_are_left_out(batch: Batch) -> None:
     student, teacher = Network(0).eval(), Network(1).eval()
-    loss = Distiller(student, teacher, MethodConfig(method="kd"), known_classes=[0, 2])
     s, t = (network(batch.images_BCHW)[:, [0, 2]] for network in (student, teacher))
     small = labels_at(batch.labels_BHW, (4, 4))
-    expected = pixel_kd_loss(s, t, valid=small != 255, weight=small != 1)
-    torch.testing.assert_close(loss(batch, step=0, total_steps=1).terms["kd"], expected)
+    for mask_ignored, counted in ((True, small != 255), (False, None)):
+        settings = MethodConfig(method="kd", mask_ignored=mask_ignored)
+        loss = Distiller(student, teacher, settings, known_classes=[0, 2])
+        expected = pixel_kd_loss(s, t, valid=counted, weight=small != 1)
+        torch.testing.assert_close(loss(batch, step=0, total_steps=1).terms["kd"], expected)
+    batch = replace(batch, labels_BHW=torch.where(batch.labels_BHW == 2, 1, batch.labels_BHW))
+    last = teacher.head[1]
+    assert isinstance(last, nn.Conv2d)
+    assert last.bias is not None
+    last.bias.data[2] = -100  # so that nobody sees class 2
+    s, t = (network(batch.images_BCHW)[:, [0, 2]] for network in (student, teacher))
+    small = labels_at(batch.labels_BHW, (4, 4))
+    present = torch.tensor([True, False]).expand(len(s), 2)
+    expected = icsd_loss(s, t, valid=(small != 255) & (small != 1), normalize="none", classes=present)
+    settings = MethodConfig(method="icsd", icsd_classes="present", icsd_normalize="none")
+    loss = Distiller(student, teacher, settings, known_classes=[0, 2])
+    found = loss(batch, step=0, total_steps=1).terms["icsd"]
+    torch.testing.assert_close(found, expected)
+    assert not torch.isclose(found, icsd_loss(s, t, valid=(small != 255) & (small != 1), normalize="none"))
 
 
 @pytest.mark.parametrize(("name", "alone", "other"), [("alw", "linear", "cosine"), ("qat", "cpu", "tensorrt")])

@@ -53,6 +53,13 @@ class GreyBackend(Backend):
         return frames_NHWC[..., 0]
 
 
+def test_the_same_classes_in_another_order_are_other_classes() -> None:
+    other = Levels(3)
+    other.classes = CLASSES[::-1]
+    with pytest.raises(InputError, match="classes are not those of levels"):
+        evaluate(GreyBackend("cpu"), other)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_every_image_counts_once_with_its_own_labels(device: str) -> None:
     matrix = evaluate(GreyBackend(device), Levels(11))

@@ -123,6 +123,11 @@ def test_unnamed_classes_are_taken_in_order_and_another_number_is_refused(
         open_teacher(f"hf:{tmp_path / 'hf'}", CLASSES[:2])
 
 
+def test_two_classes_of_one_name_are_not_matched_by_it() -> None:
+    with pytest.raises(InputError, match="--class-map"):
+        match_classes(["road", "Road", "sky"], 3, ["sky", "road", "Road"], class_map=None, teacher="t")
+
+
 def test_a_class_map_merges_and_leaves_out(tmp_path: Path) -> None:
     path = tmp_path / "map.yaml"
     path.write_text("red: [fire, 2]\ngreen: Grass\n")
@@ -137,7 +142,8 @@ def test_a_class_map_merges_and_leaves_out(tmp_path: Path) -> None:
     for text, expected in (
         ("pink: fire", "no class of the data set"),
         ("red: water", "no class of the teacher"),
-        ("red: 7", "no class of the teacher"),
+        ("red: 3", "no class of the teacher"),
+        ("red: -1", "no class of the teacher"),
         ("red: fire", "fewer than two"),
         ("red: yes\ngreen: fire", "True is no class of the teacher"),
         ("red: fire\ngreen: grass\nred: rust", "has 'red' twice"),

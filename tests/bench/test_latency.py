@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 from aicsd_deploy.bench import latency as module
+from aicsd_deploy.bench import machine_load
 from aicsd_deploy.bench.latency import Latency, measure_latency, median_interval, prepare_frames, ratio_interval
 from aicsd_deploy.bench.machine_load import MachineLoad, watch_machine
 from aicsd_deploy.metadata import Metadata, SegClass
@@ -122,12 +125,19 @@ def test_an_interval_of_few_rounds_stays_above_nothing() -> None:
     assert 0 < ratio_interval([[1.0] * 5, [10.0] * 5], [[1.0] * 5, [1.0] * 5])[0] < 1
 
 
-def test_a_machine_at_work_is_noticed() -> None:
+def test_a_machine_at_work_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tick, cores = os.sysconf("SC_CLK_TCK"), os.cpu_count() or 1
+    counters = {
+        "_jiffies": [(7.0 * tick, 1.0 * tick), (17.0 * tick, 3.0 * tick)],
+        "_own_seconds": [5.0, 9.0],
+    }
+    for name, values in counters.items():
+        monkeypatch.setattr(machine_load, name, iter(values).__next__)
+    monkeypatch.setattr(machine_load.time, "monotonic", iter([100.0, 104.0]).__next__)
     with watch_machine() as load:
-        total = 0
-        for i in range(3_000_000):
-            total += i
-    assert load.others_cores is None or load.others_cores >= 0
+        pass
+    assert load.others_cores == 1.5, "10 seconds of work in 4, of which 4 were this process's"
+    assert load.stolen_share == pytest.approx(2 / 4 / cores, abs=1e-4)
     assert MachineLoad(others_cores=1.5, stolen_share=0.2).noise() == [
         "other processes kept 1.5 cores busy",
         "the hypervisor took 20 % of the time",

@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from aicsd_deploy.data.dataset import FileDataset, LabelledImage
+from aicsd_deploy.data.dataset import FileDataset, LabelledImage, SegmentationDataset
 from aicsd_deploy.data.loader import Batch, steps_per_epoch, training_batches
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.data.transforms import Augmentation
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.frames import resize_image
 
 
@@ -61,6 +62,57 @@ def test_batches_are_alike_from_any_start_and_with_workers(folder_data: Path) ->
     assert same(everything[4:], batches(folder_data, start=4, workers=2))
     assert not same(everything, batches(folder_data, seed=1))
     assert not same(everything[:2], everything[2:4]), "two epochs must differ"
+
+
+class Alike(SegmentationDataset):
+    """Eight images that are one and the same gradient, or that have their index as their grey level."""
+
+    classes, spec, split = (SegClass("a", (0, 0, 0)), SegClass("b", (1, 1, 1))), "alike", "train"
+
+    def __init__(self, *, numbered: bool) -> None:
+        self.numbered = numbered
+
+    def __len__(self) -> int:
+        return 8
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def load(self, index: int) -> LabelledImage:
+        grey = np.full((32, 40), index) if self.numbered else np.arange(32 * 40).reshape(32, 40) % 256
+        return grey.astype(np.uint8)[..., None].repeat(3, 2), np.zeros((32, 40), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [Augmentation((32, 40), color_jitter=0), Augmentation((32, 40), (1.0, 1.0), flip=False)],
+    ids=["cut", "colours"],
+)
+def test_every_picture_of_every_epoch_is_changed_in_its_own_way(augmentation: Augmentation) -> None:
+    seen = drawn(Alike(numbered=False), augmentation)
+    assert len({picture.numpy().tobytes() for picture in seen}) == 16
+
+
+def test_every_epoch_shows_every_picture_once_in_another_order() -> None:
+    plain = Augmentation((32, 40), (1.0, 1.0), flip=False, color_jitter=0)
+    seen = [int(picture.max()) for picture in drawn(Alike(numbered=True), plain)]
+    assert sorted(seen[:8]) == sorted(seen[8:]) == list(range(8))
+    assert len({tuple(seen[:8]), tuple(seen[8:]), tuple(range(8))}) == 3
+
+
+def drawn(dataset: SegmentationDataset, augmentation: Augmentation) -> torch.Tensor:
+    """Return the pictures of two epochs, in the order in which training sees them."""
+    loader = training_batches(
+        dataset,
+        augmentation,
+        batch_size=4,
+        seed=0,
+        start_step=0,
+        total_steps=4,
+        workers=0,
+        device=torch.device("cpu"),
+    )
+    return torch.cat([batch.images_BCHW for batch in loader])
 
 
 def test_a_worker_that_is_stuck_does_not_outlive_its_loader(folder_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "AICSD_TRUST": "tiny_network:tiny", "PYTHONPATH": str(work)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "AICSD_TRUST": "tiny_network:tiny",
+            "PYTHONPATH": f"{REPO}{os.pathsep}{work}",
+        },
         check=False,
     )
     assert both.returncode == 0, both.stderr
