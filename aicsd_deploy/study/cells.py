@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import resource
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,15 +46,18 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
         teacher = _own_teacher(config, out / "teacher")
     planned = {(n, s): config.cell(n, s, teacher=teacher) for s in config.seeds for n in config.methods}
     sha256_of = lru_cache(_sha256_of_teacher)  # most cells have the same
-    for settings in planned.values():
-        if settings.teacher is not None:
-            # One that cannot be used is told at once.
-            sha256_of(settings.teacher, settings.data, settings.class_map, settings.teacher_size)
+    teachers = {  # for all cells now, so that one that cannot be used is told at once
+        cell: sha256_of(s.teacher, s.data, s.class_map, s.teacher_size)
+        for cell, s in planned.items()
+        if s.teacher is not None
+    }
     cells = {}
     for number, ((name, seed), settings) in enumerate(planned.items(), start=1):
         say(f"cell {number}/{len(planned)}: {name}, seed {seed}")
         folder = out / "cells" / f"{name}-seed{seed}"
-        cells[name, seed] = _finished_cell(settings, folder, sha256_of) or _run_cell(settings, name, folder)
+        cells[name, seed] = _finished_cell(settings, folder, teachers.get((name, seed))) or _run_cell(
+            settings, name, folder
+        )
     return [cells[name, seed] for name in config.methods for seed in config.seeds]
 
 
@@ -71,7 +73,7 @@ def _own_teacher(config: StudyConfig, folder: Path) -> str:
     return str(folder / BEST)
 
 
-def _finished_cell(settings: DistillConfig, folder: Path, sha256_of: Callable[..., str]) -> dict[str, Any] | None:
+def _finished_cell(settings: DistillConfig, folder: Path, teacher_sha256: str | None) -> dict[str, Any] | None:
     """Return what a cell gave; None where it is not done yet. Raise InputError where it was another one."""
     if not (folder / CELL).is_file():
         return None
@@ -79,9 +81,8 @@ def _finished_cell(settings: DistillConfig, folder: Path, sha256_of: Callable[..
     ours = settings.model_dump(mode="json")
     theirs = DistillConfig().model_dump(mode="json") | cell["settings"]  # what an older version did not know was so
     lines = [f"  {text}" for name, text in changes(ours, theirs).items() if name not in FREE_TO_CHANGE]
-    if settings.teacher is not None and "teacher_sha256" in cell:  # cells of an older version do not say it
-        was = cell["teacher_sha256"]
-        now = sha256_of(settings.teacher, settings.data, settings.class_map, settings.teacher_size)
+    if teacher_sha256 is not None and "teacher_sha256" in cell:  # cells of an older version do not say it
+        was, now = cell["teacher_sha256"], teacher_sha256
         if was != now:
             lines.append(
                 f"  teacher: was {cell['teacher']['path']} ({was[:12]}…), now {settings.teacher} ({now[:12]}…)"
