@@ -17,6 +17,7 @@ from aicsd_deploy.cli import Parser, device_name, size_hw
 from aicsd_deploy.data.spec import SPEC_HELP
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
+from aicsd_deploy.runtime.frames import scaled
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -307,9 +308,7 @@ class DistillConfig(MethodConfig, TrainConfig):
     @property
     def teacher_size(self) -> tuple[int, int] | None:
         """Size of the pictures that the teacher is shown, where the settings say it."""
-        if self.image_size is None:
-            return None
-        return round(self.image_size[0] * self.teacher_scale), round(self.image_size[1] * self.teacher_scale)
+        return None if self.image_size is None else scaled(self.image_size, self.teacher_scale)
 
     @model_validator(mode="after")
     def _check_qat(self) -> Self:

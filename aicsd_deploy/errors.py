@@ -12,9 +12,12 @@ class AicsdError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, and the next where it ends in a colon, to be quoted in one of ours."""
+    """Return the first line of another library's error, and the next where it ends in a colon, to be quoted in one of ours.
+
+    It has no full stop at its end, whether or not the library writes one.
+    """
     text = re.sub(r":\s*\n\s*", ": ", str(error).strip(), count=1) or type(error).__name__
-    return re.sub(r"\x1b\[[0-9;]*m", "", text.splitlines()[0])[:300]  # some are in colour
+    return re.sub(r"\x1b\[[0-9;]*m", "", text.splitlines()[0])[:300].rstrip(". ")  # some are in colour
 
 
 def first_sentence(error: BaseException) -> str:

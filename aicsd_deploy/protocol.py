@@ -99,7 +99,7 @@ class ProtocolSegmenter:
             return _at_its_size(self._module, padded)[..., :height, :width]
         except (RuntimeError, ValueError, AssertionError) as error:
             raise InputError(
-                f"{self.metadata.model} cannot take images of {height}x{width}: {first_line(error)}"
+                f"{self.metadata.model} cannot take images of {height}x{width}: {first_line(error)}."
             ) from error
 
 

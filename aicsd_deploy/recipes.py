@@ -17,7 +17,7 @@ from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.data.check import check_dataset, check_splits
 from aicsd_deploy.data.dataset import CachedDataset, SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
-from aicsd_deploy.data.transforms import derived_seed, scaled
+from aicsd_deploy.data.transforms import derived_seed
 from aicsd_deploy.distiller import Distiller
 from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.evaluate import evaluate
@@ -26,6 +26,7 @@ from aicsd_deploy.files import check_writable, sha256, write_json
 from aicsd_deploy.metadata import Metadata, provenance
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runs import newest_checkpoint
+from aicsd_deploy.runtime.frames import scaled
 from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device
 from aicsd_deploy.teachers import Teacher, open_teacher
 from aicsd_deploy.tracking import draw_overlays, plot_confusion, plot_curves
@@ -266,7 +267,7 @@ def _try(network: nn.Module, metadata: Metadata, crop_size_hw: tuple[int, int] |
                 logits = network.eval()(torch.zeros(1, 3, *size, device=device))
         except Exception as error:  # whatever the user's own code raises
             raise InputError(
-                f"{metadata.model} cannot take images of {size[0]}x{size[1]} (float32, 3 channels): {first_line(error).rstrip('.')}. Choose "
+                f"{metadata.model} cannot take images of {size[0]}x{size[1]} (float32, 3 channels): {first_line(error)}. Choose "
                 f"another {flag}, or change that in the network."
             ) from error
         if not isinstance(logits, torch.Tensor) or logits.ndim != 4 or logits.shape[:2] != (1, expected):

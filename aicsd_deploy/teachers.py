@@ -265,7 +265,9 @@ def _from_torchvision(rest: str) -> _Found:
         model = tv.get_model(name, weights=None, weights_backbone=None, num_classes=count, **options)
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} does not hold the state dict of torchvision's {name}: {first_line(error)}") from error
+        raise InputError(
+            f"{path} does not hold the state dict of torchvision's {name}: {first_line(error)}."
+        ) from error
     return _Found(LogitsOf(model), voc if count == len(voc) else None, metadata, sha256(path))
 
 
@@ -300,9 +302,9 @@ def _from_smp(folder: str) -> _Found:
 def _count_classes(network: nn.Module, name: str, size_hw: tuple[int, int]) -> int:
     try:
         output: Tensor = network.eval()(torch.zeros(1, 3, *size_hw))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except Exception as error:  # whatever the user's own code raises
         raise InputError(
-            f"The teacher {name} cannot take an image of {size_hw[0]}x{size_hw[1]}: {first_line(error).rstrip('.')}. If it "
+            f"The teacher {name} cannot take an image of {size_hw[0]}x{size_hw[1]}: {first_line(error)}. If it "
             "takes one size only, give that with --image-size."
         ) from error
     if output.min() >= 0 and torch.allclose(output.sum(dim=1), torch.ones(())):

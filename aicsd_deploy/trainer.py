@@ -108,7 +108,7 @@ class Trainer:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise AicsdError(
-                    f"A process of --workers died ({first_line(error).rstrip('. ')}). Usually memory or /dev/shm, where batches are "
+                    f"A process of --workers died ({first_line(error)}). Usually memory or /dev/shm, where batches are "
                     "handed over, is too small: use fewer --workers or a smaller --cache, or give a container more shared "
                     "memory (docker run --shm-size 16g); then go on with --resume auto."
                 ) from error

@@ -13,17 +13,12 @@ from torchvision.transforms import v2
 
 from aicsd_deploy.data.dataset import LabelledImage
 from aicsd_deploy.metadata import IGNORE_LABEL
-from aicsd_deploy.runtime.frames import resize_image, resize_labels
+from aicsd_deploy.runtime.frames import resize_image, resize_labels, scaled
 
 
 def derived_seed(*parts: int | str) -> int:
     """Return a seed that depends on all `parts` and is alike in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-def scaled(size_hw: tuple[int, int], factor: float) -> tuple[int, int]:
-    """Return a height and width times a factor, in whole pixels."""
-    return round(size_hw[0] * factor), round(size_hw[1] * factor)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
         ways += ["change that in the network"]
         raise InputError(
             f"PyTorch {torch.__version__} cannot export {metadata.model} with dynamic {sorted(metadata.dynamic) or 'nothing'}: "
-            f"{first_line(error.__cause__ or error).rstrip('.')}. You can {' or '.join(ways)}."
+            f"{first_line(error.__cause__ or error)}. You can {' or '.join(ways)}."
         ) from error
     assert program is not None
     model = program.model_proto

@@ -18,6 +18,11 @@ TILE_OVERLAP = 0.25
 """Neighbouring tiles share at least this part of their side; each gives its labels up to the middle of what is shared."""
 
 
+def scaled(size_hw: tuple[int, int], factor: float) -> tuple[int, int]:
+    """Return a height and width times a factor, in whole pixels."""
+    return round(size_hw[0] * factor), round(size_hw[1] * factor)
+
+
 def resize_image(image_HWC: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
     """Resize a picture: area averaging where it shrinks, bilinear where it grows; training uses the same."""
     if image_HWC.shape[:2] == size_hw:

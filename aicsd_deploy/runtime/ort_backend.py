@@ -56,7 +56,7 @@ class OrtBackend(Backend):
         except Exception as error:  # its errors share no base class
             raise InputError(
                 f"{path} is no ONNX file that ONNX Runtime {ort.__version__} can load, or it is damaged: "
-                f"{first_line(error).rstrip('.')}. Export or copy it again."
+                f"{first_line(error)}. Export or copy it again."
             ) from error
         self.device = self._device_in_use(asked=device)
         self.metadata = _read_metadata(self._session, path)
@@ -78,7 +78,7 @@ class OrtBackend(Backend):
             labels_NHW = self._run(frames_NHWC)
         except Exception as error:  # its errors share no base class
             height, width = frames_NHWC.shape[1:3]
-            raise InputError(f"{self._path} cannot run on frames of {height}x{width}: {first_line(error)}") from error
+            raise InputError(f"{self._path} cannot run on frames of {height}x{width}: {first_line(error)}.") from error
         return np.asarray(labels_NHW, dtype=np.uint8)
 
     def time_stages(self, batches_NHWC: Sequence[UInt8Array]) -> dict[str, float]:

@@ -11,9 +11,9 @@ import torch
 
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.data.dataset import SegmentationDataset
-from aicsd_deploy.data.transforms import scaled
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.runtime.base import Backend
+from aicsd_deploy.runtime.frames import scaled
 from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device
 from aicsd_deploy.teachers import open_teacher
 from aicsd_deploy.tracking import draw_overlays, pyplot, save_figure
