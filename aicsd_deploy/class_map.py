@@ -102,8 +102,8 @@ def _read(path: Path, theirs: Sequence[str] | None, count: int, ours: Sequence[s
     unknown = [name for name, group in zip(ours, groups, strict=True) if not group]
     if unknown:
         say(
-            f"The teacher does not know {', '.join(unknown)}: pixels with these labels are left out of its terms (not of those of "
-            "at, sp and ickd, which compare features)."
+            f"The teacher does not know {', '.join(unknown)} and never gives them: pixels with these labels are left out of its terms "
+            "(not of those of at, sp and ickd, which compare features)."
         )
     return groups
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.class_map import RemappedClasses, match_classes
 from aicsd_deploy.console import say
+from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.data.voc import VOC_CLASSES
 from aicsd_deploy.errors import InputError, MissingDependencyError, first_line
 from aicsd_deploy.files import existing_file, sha256
@@ -105,6 +106,40 @@ def open_teacher(
     known = None if groups is None or all(groups) else tuple(i for i, group in enumerate(groups) if group)
     metadata = found.metadata.replace(classes=classes, role="teacher")
     return Teacher(name, network, metadata, found.digest or _digest(network), known)
+
+
+def is_from_elsewhere(name: str) -> bool:
+    """Return whether a name is that of a network that this toolkit did not train, as `open_teacher` takes them."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return state_of_published(_content(path)) is not None
+    return (path / "config.json").is_file() if path.exists() else ":" in name
+
+
+def open_alone(
+    name: str, data: str | None, *, class_map: Path | None = None, size_hw: tuple[int, int] | None = None
+) -> Teacher:
+    """Load a network from elsewhere to run it, not to learn from it: with the classes of a data set and a size of its own.
+
+    Args:
+        name: see `open_teacher`.
+        data: the data set that has its classes, as `open_dataset` takes it.
+        class_map: see `open_teacher`.
+        size_hw: the size of the frames that it is to work on; None takes that of the data set's first image.
+
+    Raises:
+        InputError: as of `open_teacher`, or no data set is named.
+    """
+    if data is None:
+        raise InputError(
+            f"{name} does not say which classes it is to give. Name a data set that has them: --data SPEC."
+        )
+    dataset = open_dataset(data, "val")
+    if size_hw is None:
+        height, width, _ = dataset.load(0)[0].shape
+        size_hw = height, width
+    found = open_teacher(name, dataset.classes, class_map=class_map, size_hw=size_hw)
+    return replace(found, metadata=found.metadata.replace(image_size_hw=size_hw, data=data))
 
 
 class LogitsOf(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import NETWORK_WITH_BACKBONE, TINY, call_script, write_folder_dataset
@@ -15,6 +16,7 @@ from aicsd_deploy.data.voc import VOC_CLASSES
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.models.published import _their_name, build_published
+from aicsd_deploy.runtime.base import open_backend
 from aicsd_deploy.teachers import open_teacher
 
 CLASSES = tuple(SegClass(name, (i, 0, 0)) for i, name in enumerate(("red", "green", "blue")))
@@ -218,8 +220,6 @@ def published_state(classes: int) -> tuple[dict[str, torch.Tensor], nn.Module]:
 
 
 def test_the_papers_checkpoint_format(tmp_path: Path) -> None:
-    import numpy as np
-
     state, ours = published_state(21)
     expected_names = {
         "backbone.conv1.weight", "backbone.bn1.running_mean", "backbone.layer1.0.conv3.weight", "backbone.layer4.2.bn3.bias",
@@ -291,3 +291,27 @@ def test_a_teacher_of_fewer_classes_and_other_names_through_the_command(tmp_path
     result = call_script("train/distill.py", *arguments, "--class-map", "map.yaml", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "does not know blue" in result.stderr
+
+
+def test_a_network_from_elsewhere_is_exported_and_then_runs_as_any_other(tmp_path: Path) -> None:
+    write_folder_dataset(tmp_path / "data")
+    model = save_segformer(tmp_path / "hf", ["Blue", "red", "green"])
+    exporting = ["export/to_onnx.py", "hf:hf", "--image-size", "64x96"]
+    result = call_script(*exporting, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--data SPEC" in result.stderr
+    result = call_script(*exporting, "--data", "folder:data", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    rgb_BCHW = torch.from_numpy(frame[..., ::-1].copy()).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        logits = model((rgb_BCHW - 0.5) / 0.25).logits[:, [1, 2, 0]]
+    expected = nn.functional.interpolate(logits, (64, 96), mode="bilinear")[0].argmax(dim=0)
+    with open_backend(tmp_path / "teacher.onnx", device="cpu") as backend:
+        assert backend.metadata.class_names == ["red", "green", "blue"]
+        assert (backend.infer(frame[None])[0] == expected.numpy()).mean() > 0.999
+    result = call_script("train/evaluate.py", "teacher.onnx", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = call_script("train/evaluate.py", "hf:hf", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "export/to_onnx.py hf:hf" in result.stderr

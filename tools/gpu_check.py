@@ -30,7 +30,7 @@ import torch
 
 from aicsd_deploy.bench.environment import environment
 from aicsd_deploy.bench.latency import Latency, measure_latency
-from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from aicsd_deploy.checkpoint import Checkpoint, save_checkpoint
 from aicsd_deploy.cli import Parser, run, size_hw
 from aicsd_deploy.config import DistillConfig, TrainConfig
 from aicsd_deploy.console import say
@@ -71,7 +71,7 @@ def make_artifacts(folder: Path, model: str, size: tuple[int, int]) -> list[str]
             network(torch.randn(4, 3, *size, device="cuda"))
     checkpoint = Checkpoint(Metadata(model, dataset.classes, size, data="synthetic"), network.cpu().state_dict())
     save_checkpoint(folder / CHECKPOINT, checkpoint)
-    export_onnx(load_checkpoint(folder / CHECKPOINT), checkpoint.metadata, folder / ONNX)
+    export_onnx(network.eval(), checkpoint.metadata, folder / ONNX)
     return [CHECKPOINT, ONNX]
 
 

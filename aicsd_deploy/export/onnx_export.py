@@ -1,7 +1,8 @@
-"""A checkpoint as an ONNX file: one graph with preprocessing, network, upsampling and argmax, and its metadata inside."""
+"""A network as an ONNX file: one graph with preprocessing, network, upsampling and argmax, and its metadata inside."""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Collection
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from aicsd_deploy.checkpoint import Checkpoint
 from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
@@ -24,11 +24,11 @@ OPSET = 18
 INPUT, OUTPUT = "frames", "labels"
 
 
-def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset: int = OPSET) -> None:
-    """Write the deployed graph of a checkpoint.
+def export_onnx(network: nn.Module, metadata: Metadata, path: Path, *, opset: int = OPSET) -> None:
+    """Write the deployed graph of a network.
 
     Args:
-        checkpoint: the trained network.
+        network: the trained network, on the CPU: normalised images (B, 3, H, W) to logits (B, C, h, w). It is left as it is.
         metadata: what the file is to say about itself; its image size, channel order and `dynamic` shape the graph.
         path: the file to write.
         opset: ONNX operator set.
@@ -36,7 +36,7 @@ def export_onnx(checkpoint: Checkpoint, metadata: Metadata, path: Path, *, opset
     Raises:
         InputError: PyTorch cannot export this network.
     """
-    network = checkpoint.build()
+    network = copy.deepcopy(network)
     fuse_batch_norm(network)
     module = DeployModule(network, metadata).eval()
     height, width = metadata.image_size_hw

@@ -112,6 +112,10 @@ def open_backend(
     suffix = path.suffix.lower()
     if path.is_file() and suffix not in SUFFIXES:
         raise InputError(f"{path} is not an artefact this toolkit runs. It takes {', '.join(SUFFIXES)} files.")
+    if ":" in str(path) and suffix not in SUFFIXES and not path.exists():
+        raise InputError(
+            f"{path} is no file. A network from elsewhere is exported before it runs: python export/to_onnx.py {path} --data SPEC"
+        )
     existing_file(path, "The artefact")
     # Each runtime is imported only when a file asks for it, so that a device needs only the one it uses.
     if suffix == ".onnx" and onnx_says(path, "int8_target", "openvino"):

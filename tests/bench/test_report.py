@@ -194,13 +194,13 @@ class Mixed(nn.Module):
 
 def test_work_of_other_layers_is_counted_alike_too(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", "test_report:Mixed", (48, 64))
-    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata, tmp_path / "c.onnx")
     found = [count_work(tmp_path / name) for name in ("c.pt", "c.onnx")]
     pixels = 12 * 16
     attention = pixels * 16 * 4 * 16 + 2 * pixels * pixels * 16
     products = pixels * 27 * 16 + attention + 16 * 48 + pixels * 48 * 12 * 4 + 4 * pixels * 24 * len(CLASSES)
     assert [work.gflops for work in found] == [pytest.approx(2 * products / 1e9)] * 2
-    export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=("size",)), tmp_path / "any.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata.replace(dynamic=("size",)), tmp_path / "any.onnx")
     open_ended = count_work(tmp_path / "any.onnx")
     assert open_ended.gflops in (None, found[0].gflops), "sizes that a graph computes are not taken for nothing"
     assert open_ended.parameters == found[1].parameters

@@ -50,7 +50,7 @@ MOSTLY = at_least(0.55)
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
     checkpoint = random_checkpoint(folder / "c.pt", "lraspp_mobilenetv2")
-    export_onnx(checkpoint, checkpoint.metadata, folder / "c.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata, folder / "c.onnx")
     return folder / "c.onnx"
 
 
@@ -82,7 +82,7 @@ def sharing(num_classes: int) -> nn.Module:
 
 def test_a_first_layer_without_a_bias_that_shares_its_weights_is_quantised(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", "test_int8:sharing")
-    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata, tmp_path / "c.onnx")
     quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", "cpu")
     with open_backend(tmp_path / "c.onnx") as before, open_backend(tmp_path / "q.onnx") as after:
         assert compare(before, after, frames()).share > 0.85
@@ -124,7 +124,7 @@ def test_what_cannot_be_quantised_is_refused(
 ) -> None:
     metadata = Metadata(f"test_int8:{network.__name__}", CLASSES, (64, 96), data="synthetic")
     checkpoint = Checkpoint(metadata, build_model(metadata.model, num_classes=len(CLASSES)).state_dict())
-    export_onnx(checkpoint, metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), metadata, tmp_path / "c.onnx")
     with pytest.raises(InputError, match=message):
         quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", target)
     assert not (tmp_path / "q.onnx").exists()
@@ -185,7 +185,7 @@ class Attending(nn.Module):
 @pytest.mark.parametrize("target", ["cpu", "openvino", "tensorrt"])
 def test_linear_layers_are_quantised_and_attention_stays_in_float(target: Target, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", "test_int8:Attending")
-    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata, tmp_path / "c.onnx")
     model = quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", target)
     dequantised = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     products = [n for n in model.graph.node if n.op_type in ("Conv", "MatMul")]
@@ -236,7 +236,7 @@ def test_openvino_is_imported_without_starting_a_process_or_telling_anybody() ->
 @pytest.mark.parametrize("target", ["cpu", "openvino"])
 def test_a_file_may_take_any_batch_and_size(target: Target, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", "lraspp_mobilenetv2")
-    export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=("batch", "size")), tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata.replace(dynamic=("batch", "size")), tmp_path / "c.onnx")
     quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", target)
     batch = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), np.uint8)
     with open_backend(tmp_path / "q.onnx") as backend, open_backend(tmp_path / "c.onnx") as other:

@@ -54,7 +54,7 @@ def test_channel_order_is_honoured() -> None:
 def test_exported_networks_agree_with_their_checkpoints(model: str, dynamic: tuple[str, ...], tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", model)
     metadata = checkpoint.metadata.replace(dynamic=dynamic)
-    export_onnx(checkpoint, metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), metadata, tmp_path / "c.onnx")
     with (
         open_backend(tmp_path / "c.pt", device="cpu") as ours,
         open_backend(tmp_path / "c.onnx", device="cpu") as theirs,
@@ -105,7 +105,7 @@ def normalised_otherwise(num_classes: int) -> nn.Module:
 
 def test_normalisations_that_cannot_be_folded_are_exported_as_they_are(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", "test_onnx:normalised_otherwise")
-    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata, tmp_path / "c.onnx")
     with open_backend(tmp_path / "c.pt", device="cpu") as ours, open_backend(tmp_path / "c.onnx", device="cpu") as both:
         assert compare(ours, both, frames()).share > 0.999
 
@@ -144,7 +144,7 @@ def test_a_network_that_cannot_be_exported_is_refused_with_what_would_help(
 ) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", "test_onnx:Deciding")
     with pytest.raises(InputError, match=says):
-        export_onnx(checkpoint, checkpoint.metadata.replace(dynamic=dynamic), tmp_path / "c.onnx", opset=opset)
+        export_onnx(checkpoint.build(), checkpoint.metadata.replace(dynamic=dynamic), tmp_path / "c.onnx", opset=opset)
 
 
 class Deforming(nn.Module):
@@ -160,8 +160,8 @@ def test_an_operator_that_is_newer_than_the_operator_set_is_named(tmp_path: Path
     network = build_model("test_onnx:Deforming", num_classes=len(CLASSES))
     checkpoint = Checkpoint(Metadata("test_onnx:Deforming", CLASSES, (64, 96)), network.state_dict())
     with pytest.raises(InputError, match=r"No Op registered for DeformConv.* such as --opset 20"):
-        export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
-    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx", opset=20)
+        export_onnx(checkpoint.build(), checkpoint.metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata, tmp_path / "c.onnx", opset=20)
 
 
 def test_a_size_that_one_of_the_two_cannot_take_fails_the_gate(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def export(folder: Path, model: str, dynamic: tuple[str, ...] = ()) -> Path:
     checkpoint = random_checkpoint(folder / "best.pt", model, classes=SCENES.classes)
     provenance = {"checkpoint_sha256": sha256(folder / "best.pt")}
     metadata = checkpoint.metadata.replace(dynamic=dynamic, provenance=provenance)
-    export_onnx(checkpoint, metadata, folder / "net.onnx")
+    export_onnx(checkpoint.build(), metadata, folder / "net.onnx")
     return folder / "net.onnx"
 
 
@@ -638,7 +638,7 @@ def test_a_reference_for_other_frames_or_classes_is_refused(
     changes: dict[str, Any], expected: str, small: Path, tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(small.with_name("best.pt"))
-    export_onnx(checkpoint, checkpoint.metadata.replace(**changes), tmp_path / "other.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata.replace(**changes), tmp_path / "other.onnx")
     result = build(small, "--reference", "other.onnx", "-o", "s.plan", cwd=tmp_path)
     assert result.returncode == 2
     assert expected in result.stderr

@@ -51,7 +51,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = random_checkpoint(folder / "best.pt", "deeplabv3plus_mobilenetv2", SIZE_HW, classes)
     provenance = {"checkpoint_sha256": sha256(folder / "best.pt")}
     metadata = checkpoint.metadata.replace(dynamic=("batch",), provenance=provenance)
-    export_onnx(checkpoint, metadata, folder / "net.onnx")
+    export_onnx(checkpoint.build(), metadata, folder / "net.onnx")
     return folder / "net.onnx"
 
 

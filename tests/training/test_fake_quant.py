@@ -88,7 +88,7 @@ def test_activations_are_rounded_and_cut_off(symmetric: bool, scale: float, expe
 @pytest.mark.parametrize("network", ["shallow", "Tokens"])
 def test_the_imitation_labels_as_the_int8_file_does(network: str, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "c.pt", f"test_fake_quant:{network}")
-    export_onnx(checkpoint, checkpoint.metadata, tmp_path / "c.onnx")
+    export_onnx(checkpoint.build(), checkpoint.metadata, tmp_path / "c.onnx")
     size = checkpoint.metadata.image_size_hw
     frames = [resize_image(f, size) for f in frames_for_comparison(open_dataset("synthetic", "train"), count=4)]
     quantizer = Quantizer(tmp_path / "c.onnx", frames, target="tensorrt")
