@@ -37,6 +37,7 @@ def report(**changes: object) -> dict[str, Any]:
         ("p50_ms>+2", {"p50_ms": 11.9}, False),
         ("p50_ms>+2", {"p50_ms": 12.1}, True),
         ("failures>1.1x", {"failures": 1}, True),
+        ("failures>1.1x", {"failures": 0}, False),
     ],
 )
 def test_rules(rule: str, numbers: dict[str, float], fails: bool) -> None:
