@@ -64,7 +64,7 @@ class Rule:
         if self.kind == "value" or old is None:
             return new
         if self.kind == "ratio":
-            return new / old if old else float("inf")
+            return new / old if old else float("inf") if new else 1.0
         return new - old
 
 

@@ -28,7 +28,7 @@ _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _NUMPY: dict[str, Any] = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 _FIRST = ("Conv", "ConvTranspose", "Gemm", "MatMul", "DequantizeLinear")
 """From these on the graph runs in half precision. What is dequantised takes the type of its scale."""
-_FLOAT_INPUTS = {"Resize": (1, 2), "Upsample": (1,)}
+_FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that the operator takes in float32 only."""
 _NOT_IN_BF16 = ("ConvTranspose", "HardSwish", "Mish")
 """Operators that ONNX has in bfloat16 and TensorRT-RTX 1.7 refuses."""

@@ -75,7 +75,6 @@ class Recipe:
 # layers read is rounded: a pair between a convolution and its activation would keep TensorRT from fusing the two.
 _SYMMETRIC = {
     "ActivationSymmetric": True,
-    "WeightSymmetric": True,
     "QuantizeBias": False,
     "DedicatedQDQPair": True,
     "OpTypesToExcludeOutputQuantization": _LAYERS,

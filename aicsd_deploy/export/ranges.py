@@ -118,7 +118,7 @@ def _weights_reason(weights: TensorProto, half: Half, output_peak: float | None)
 def _values_reason(peak: float | None, half: Half) -> str | None:
     if peak is None:
         return None
-    if not peak <= LARGEST[half]:  # NaN as well
+    if peak > LARGEST[half]:
         return f"its values reach {peak:.3g}"
     return f"its values are at most {peak:.3g}" if 0 < peak < SMALLEST[half] else None
 
@@ -128,7 +128,7 @@ def _peaks(model: onnx.ModelProto, names: Sequence[str], frames_NHWC: Sequence[U
     for values in _run(model, names, frames_NHWC):
         for name in names:
             peak = float(np.abs(values[name]).max()) if values[name].size else 0.0
-            peaks[name] = max(peaks[name], peak) if np.isfinite(peak) else float("inf")
+            peaks[name] = max(peaks[name], peak) if np.isfinite(peak) else float("inf")  # NaN as well
     return peaks
 
 

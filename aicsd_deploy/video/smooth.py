@@ -28,7 +28,7 @@ class LabelSmoother:
         """Return smoothed labels for the next frame.
 
         Args:
-            labels: uint8 (H, W).
+            labels: uint8 (H, W), of one size for all frames.
 
         Returns:
             uint8 (H, W), of which the caller is the owner.
@@ -36,12 +36,13 @@ class LabelSmoother:
         if self.frames <= 1:
             return labels
         shown = self._shown
-        if shown is None or shown.shape != labels.shape or _is_cut(labels, shown):
+        if shown is None or _is_cut(labels, shown):
             self._shown, self._last = labels.copy(), labels.copy()
             self._stood = np.full_like(labels, self.frames)
             return labels
         same = np.asarray(cv2.compare(labels, self._last, cv2.CMP_EQ))
-        self._stood = np.where(same, np.minimum(self._stood, 254) + np.uint8(1), np.uint8(1))
+        # Beyond 255 it begins at 0 again, which changes nothing: by then the label is shown.
+        self._stood = np.where(same, self._stood + np.uint8(1), np.uint8(1))
         np.copyto(self._last, labels)
         taken = _shown_nearby(labels, shown)
         taken |= np.where(self._stood >= self.frames, np.uint8(255), np.uint8(0))

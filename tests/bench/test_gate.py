@@ -36,14 +36,17 @@ def report(**changes: object) -> dict[str, Any]:
         ("miou < 0.4", {"miou": 0.39}, True),
         ("p50_ms>+2", {"p50_ms": 11.9}, False),
         ("p50_ms>+2", {"p50_ms": 12.1}, True),
+        ("failures>1.1x", {"failures": 1}, True),
+        ("failures>1.1x", {"failures": 0}, False),
     ],
 )
 def test_rules(rule: str, numbers: dict[str, float], fails: bool) -> None:
+    baseline = report(failures=0)
     if fails:
         with pytest.raises(VerificationError, match=r"s\.onnx"):
-            require_no_worse(report(**numbers), report(), [Rule.parse(rule)])
+            require_no_worse(report(**numbers), baseline, [Rule.parse(rule)])
     else:
-        assert len(require_no_worse(report(**numbers), report(), [Rule.parse(rule)])) == 1
+        assert len(require_no_worse(report(**numbers), baseline, [Rule.parse(rule)])) == 1
 
 
 def test_all_that_fails_is_listed() -> None:

@@ -8,7 +8,10 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +24,9 @@ from torch import Tensor, nn
 
 from aicsd_deploy.bench.environment import cpuinfo
 from aicsd_deploy.checkpoint import Checkpoint
-from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.errors import InputError, MissingDependencyError, VerificationError
+from aicsd_deploy.export import int8_search
 from aicsd_deploy.export.cpu_graph import end_channels_last, fold_preprocessing
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.quantize import Quantizer, Target
@@ -102,6 +107,18 @@ class Branching(Scaling):
         return self.layer(images) + self.layer(images.flip(3))
 
 
+class Standardised(nn.Module):
+    """Computes its first weight, which is too large for the exporter to work out."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 64, 7, 4), nn.Conv2d(64, num_classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        weight = self.first.weight
+        return self.last(nn.functional.conv2d(images, weight - weight.mean((1, 2, 3), keepdim=True), stride=4))
+
+
 class WithoutLayers(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -116,6 +133,7 @@ class WithoutLayers(nn.Module):
     [
         (Scaling, "cpu", "Use --target openvino"),
         (Branching, "cpu", "Use --target openvino"),
+        (Standardised, "cpu", "Use --target openvino"),
         (WithoutLayers, "tensorrt", "has no convolution"),
     ],
 )
@@ -149,7 +167,10 @@ def test_a_cpu_file_reads_pixels_and_keeps_chains_in_eight_bits(exported: Path, 
     dequantize = next(node for node in model.graph.node if node.output[0] == first.input[0])
     assert float(constants[dequantize.input[1]]) == 1.0, "one step of the first activation is one step of a pixel"
     assert not [n for n in model.graph.node if n.op_type in ("Clip", "Relu")], "activations lie in the ranges"
-    assert len([v for v in constants.values() if v.dtype == np.int8 and v.ndim == 4]) == 55, "weights of all layers"
+    weights = {name: v for name, v in constants.items() if v.dtype == np.int8 and v.ndim == 4}
+    assert len(weights) == 55, "weights of all layers"
+    scales = {n.input[0]: constants[n.input[1]] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    assert all(scales[name].shape == v.shape[:1] for name, v in weights.items()), "a scale for each channel"
     with open_backend(exported) as before, OrtBackend(tmp_path / "cpu.onnx") as after:
         assert after.metadata.precision == "int8"
         assert after.metadata.provenance["int8_target"] == "cpu"
@@ -233,13 +254,19 @@ def test_openvino_is_imported_without_starting_a_process_or_telling_anybody() ->
     assert result.stdout.split() == ["False"]
 
 
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dynamic")
+    checkpoint = random_checkpoint(folder / "c.pt", "lraspp_mobilenetv2")
+    export_onnx(checkpoint.build(), checkpoint.metadata.replace(dynamic=("batch", "size")), folder / "c.onnx")
+    return folder / "c.onnx"
+
+
 @pytest.mark.parametrize("target", ["cpu", "openvino"])
-def test_a_file_may_take_any_batch_and_size(target: Target, tmp_path: Path) -> None:
-    checkpoint = random_checkpoint(tmp_path / "c.pt", "lraspp_mobilenetv2")
-    export_onnx(checkpoint.build(), checkpoint.metadata.replace(dynamic=("batch", "size")), tmp_path / "c.onnx")
-    quantized(tmp_path / "c.onnx", tmp_path / "q.onnx", target)
+def test_a_file_may_take_any_batch_and_size(target: Target, dynamic: Path, tmp_path: Path) -> None:
+    quantized(dynamic, tmp_path / "q.onnx", target)
     batch = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), np.uint8)
-    with open_backend(tmp_path / "q.onnx") as backend, open_backend(tmp_path / "c.onnx") as other:
+    with open_backend(tmp_path / "q.onnx") as backend, open_backend(dynamic) as other:
         assert backend.name == ("openvino CPU" if target == "openvino" else "onnxruntime CPU")
         assert (backend.infer(batch) == other.infer(batch)).mean() > MOSTLY
 
@@ -300,6 +327,71 @@ def test_a_quantised_file_is_not_quantised_again(exported: Path, tmp_path: Path)
     quantized(exported, tmp_path / "cpu.onnx", "cpu")
     with pytest.raises(InputError, match="quantised already"):
         Quantizer(tmp_path / "cpu.onnx", frames(1), target="cpu")
+
+
+@pytest.mark.parametrize(
+    ("on_val", "proved", "kept"),
+    [
+        ({"entropy": 0.6, "minmax": 0.7}, ["entropy"], "entropy"),
+        ({"entropy": 0.4, "minmax": 0.5}, ["entropy", "minmax"], "minmax"),
+        ({"entropy": 0.4, "minmax": 0.3}, ["entropy", "minmax"], None),
+    ],
+)
+def test_the_best_method_on_unseen_training_images_is_proved_first(
+    on_val: dict[str, float], proved: list[str], kept: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The float file has an mIoU of 0.6, of which 0.1 may be lost."""
+    train, val = open_dataset("synthetic", "train"), open_dataset("synthetic", "val")
+    on_train = {"entropy": 0.2, "minmax": 0.1}
+    images: dict[str, set[str]] = {}
+    seen: list[str] = []
+
+    class Named:
+        """Writes the name of the method where the file would be."""
+
+        layers = ("only",)
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def write(self, path: Path, *, method: str, **_: object) -> None:
+            path.write_text(method)
+
+        def close(self) -> None:
+            pass
+
+    def evaluate(backend: Any, dataset: Any, **_: object) -> Any:
+        method = backend.metadata.class_names
+        if dataset is val and method != "float":
+            seen.append(method)
+        elif dataset is not val:
+            images["choose"] = {dataset.name(i) for i in range(len(dataset))}
+        miou = 0.6 if method == "float" else (on_val if dataset is val else on_train)[method]
+        return SimpleNamespace(scores=lambda names: SimpleNamespace(miou=miou))
+
+    def frames_for_comparison(dataset: Any, *, count: int) -> list[Any]:
+        images.setdefault("calibrate", {dataset.name(i) for i in range(len(dataset))})
+        return []
+
+    def opened(path: Path, **_: object) -> Any:
+        return nullcontext(SimpleNamespace(metadata=SimpleNamespace(class_names=path.read_text())))
+
+    for replacement in (evaluate, frames_for_comparison):
+        monkeypatch.setattr(int8_search, replacement.__name__, replacement)
+    monkeypatch.setattr(int8_search, "open_backend", opened)
+    monkeypatch.setattr(int8_search, "Quantizer", Named)
+    monkeypatch.setattr(int8_search, "compare", lambda *_: SimpleNamespace(share=1.0))
+    (tmp_path / "float").write_text("float")
+    limits = {"frames": 3, "methods": ["minmax", "entropy"], "max_miou_drop": 0.1 + 1e-9}
+    how: Any = {"target": "cpu", "train": train, "val": val} | limits
+    if kept is None:
+        with pytest.raises(VerificationError, match=r"60\.00 to 40\.00 %"):
+            int8_search.quantize_within(tmp_path / "float", tmp_path / "out", **how)
+    else:
+        assert int8_search.quantize_within(tmp_path / "float", tmp_path / "out", **how).method == kept
+    assert seen == proved
+    assert len(images["calibrate"]) == len(images["choose"]) == 3
+    assert not images["calibrate"] & images["choose"]
 
 
 def test_the_command_proves_what_it_writes(trained: Path, tmp_path: Path) -> None:

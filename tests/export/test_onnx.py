@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, VerificationError
 from aicsd_deploy.export.deploy_module import DeployModule, Normalize
 from aicsd_deploy.export.onnx_export import OPSET, export_onnx, fuse_batch_norm
-from aicsd_deploy.export.verify import compare, frames_for_comparison, require_agreement
+from aicsd_deploy.export.verify import Agreement, compare, frames_for_comparison, require_agreement
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runtime.base import open_backend
@@ -211,6 +212,14 @@ def test_the_gate_names_the_worst_size_and_classes(trained: Path) -> None:
     assert agreement.share == pytest.approx(46 / 48)
     with pytest.raises(VerificationError, match=r"48x64 they agree on 95\.83 %.*kept\. Report"):
         require_agreement(agreement, what="x.onnx")
+
+
+def test_every_size_must_agree() -> None:
+    by_class = {"road": 0.999, "sky": None, "pole": 0.2, "tree": 0.9, "car": 0.99}
+    agreement = Agreement(0.999, {"32x64": 0.9995, "64x96": 0.98}, by_class, ("road", 0.9), frames=4)
+    with pytest.raises(VerificationError, match=r"at 64x96 .* 98\.00 %.*pole 20\.0 %, tree 90\.0 %, car 99\.0 %\)"):
+        require_agreement(agreement, what="x.onnx")
+    require_agreement(replace(agreement, by_size={"32x64": 0.9995, "64x96": 0.996}), what="x.onnx")
 
 
 def test_a_network_that_sees_one_class_is_said_to_prove_little(

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ from aicsd_deploy.export.engine import choose_flavor
 from aicsd_deploy.export.engine_checks import require_precision
 from aicsd_deploy.export.gate import LIMITS, Drop, Limits, measure_drop, require_within
 from aicsd_deploy.export.onnx_export import export_onnx
-from aicsd_deploy.export.ranges import layer_errors
+from aicsd_deploy.export.ranges import layer_errors, nodes_to_keep
 from aicsd_deploy.export.tensorrt_build import BuildOptions, PrecisionFound, build_engine
 from aicsd_deploy.export.verify import Agreement, compare
 from aicsd_deploy.files import sha256
@@ -204,17 +205,18 @@ def test_nodes_without_names(small: Path, tmp_path: Path) -> None:
 def test_errors_of_values_whose_squares_float32_cannot_hold() -> None:
     def scaled(by: float) -> onnx.ModelProto:
         return onnx.parser.parse_model(
-            f"""<ir_version: 9, opset_import: ["" : 18]> agraph (uint8[4] x) => (float[4] z)
+            f"""<ir_version: 9, opset_import: ["" : 18]> agraph (uint8[4] x) => (float[4] minus_z)
             <float large = {{1e30}}, float by = {{{by}}}> {{
                 y = Cast<to = 1>(x)
                 large_y = Mul(y, large)
                 z = Mul(large_y, by)
+                minus_z = Neg(z)
             }}"""
         )
 
     frames = [np.arange(4, dtype=np.uint8)]
     errors = layer_errors(scaled(1.0), scaled(1.25), frames)
-    assert list(errors.values()) == pytest.approx([0.25, 0, 0])
+    assert list(errors.values()) == pytest.approx([0.25, 0, 0, 0]), "what an input brings along is not counted again"
     assert next(iter(errors)) == "node_of_z"
 
 
@@ -271,8 +273,13 @@ def test_accuracy_is_gated_besides_agreement() -> None:
     agreement = Agreement(0.999, {"32x64": 0.999}, {"road": 0.999, "pole": 0.2}, ("road", 0.9), frames=4)
     drop = Drop(agreement, reference_miou=0.600, candidate_miou=0.594, iou_drop={"road": 0.001, "pole": 0.011})
     require_within(drop, Limits(agreement=0.995, miou_drop=0.0065), what="it")
-    with pytest.raises(VerificationError, match=r"-0\.60 points \(a fall of 0\.5 is allowed\).*pole -1\.1"):
+    with pytest.raises(VerificationError, match=r"-0\.60 points \(a fall of 0\.5 is allowed\).*pole -1\.1, road -0\.1"):
         require_within(drop, LIMITS["fp16"], what="it")
+    require_within(replace(drop, candidate_miou=0.7), LIMITS["fp16"], what="it")  # it may gain any amount
+    by_size = {"32x64": 0.9995, "64x96": 0.98}
+    one_size_is_bad = replace(drop, agreement=replace(agreement, by_size=by_size), candidate_miou=0.6)
+    with pytest.raises(VerificationError, match=r"at 64x96 they agree on 98\.00 %"):
+        require_within(one_size_is_bad, LIMITS["fp16"], what="it")
 
 
 def test_layers_are_named_in_bfloat16_too(small: Path, tmp_path: Path) -> None:
@@ -348,6 +355,24 @@ def test_the_gates_images_are_spread_over_all() -> None:
     assert seen.taken == set(range(0, 31, 2))
 
 
+def test_what_is_lost_is_the_references_score_less_the_candidates() -> None:
+    class OneClass(ByBrightness):
+        def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+            return np.zeros(frames_NHWC.shape[:3], np.uint8)
+
+    class Brightness(Seen):
+        def load(self, index: int) -> Any:
+            image = super().load(index)[0]
+            return image, image[..., 2] % len(self.classes)  # blue, which comes first in a frame
+
+    metadata, dataset = Metadata("m", SCENES.classes, SCENES.load(0)[0].shape[:2]), Brightness(1)
+    shares = np.bincount(dataset.load(0)[1].ravel(), minlength=len(SCENES.classes)) / dataset.load(0)[1].size
+    drop = measure_drop(ByBrightness(metadata), OneClass(metadata), dataset, frames=1)
+    assert drop.reference_miou == 1
+    assert drop.candidate_miou == pytest.approx(shares[0] / len(shares))
+    assert list(drop.iou_drop.values()) == pytest.approx([1 - shares[0]] + [1.0] * (len(shares) - 1))
+
+
 def test_a_damaged_image_is_bad_input_and_no_verdict() -> None:
     backend = ByBrightness(Metadata("m", SCENES.classes, (16, 16)))
     with pytest.raises(InputError, match=r"^2\.png is damaged"):
@@ -360,6 +385,36 @@ def test_pspnet_of_any_size_is_refused(tmp_path: Path) -> None:
     result = build(path, "--fp32", "-o", tmp_path / "s.plan", cwd=tmp_path)
     assert result.returncode == 3, result.stderr
     assert not list(tmp_path.glob("*.plan*"))
+
+
+@pytest.mark.parametrize(
+    ("half", "pixel", "weight", "bias", "reason"),
+    {
+        "within a quarter of float16's range": ("fp16", 200, 50, 0, None),
+        "beyond it": ("fp16", 200, 100, 0, "its values reach 2e+04"),
+        "within bfloat16's": ("bf16", 200, 100, 0, None),
+        "without all digits": ("fp16", 1, 3e-5, 0, "its values are at most 3e-05"),
+        "a weight that overflows": ("fp16", 0, 1e5, 0, "its weights (up to 1e+05) do not fit fp16"),
+        "a weight that becomes zero": ("fp16", 200, 1e-8, 0, "its weights (up to 1e-08) do not fit fp16"),
+        "a lost bias beside large values": ("fp16", 200, 1, 1e-8, None),
+        "a lost bias alone": ("fp16", 0, 1, 1e-8, "its weights (up to 1e-08) do not fit fp16"),
+        "no number": ("fp16", 200, -1, 0, "its values reach inf"),
+    }.values(),
+)
+def test_nodes_whose_values_or_weights_half_precision_cannot_hold(
+    half: Any, pixel: int, weight: float, bias: float, reason: str | None
+) -> None:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 18]> agraph (uint8[1, 1, 2, 2] x) => (float[1, 1, 2, 2] root)
+        <float[1, 1, 1, 1] weight = {{{weight}}}, float[1] bias = {{{bias}}}> {{
+            y = Cast<to = 1>(x)
+            z = Conv(y, weight, bias)
+            root = Sqrt(z)
+        }}"""
+    )
+    frames = [np.full((1, 1, 2, 2), value, np.uint8) for value in (pixel, 0)]
+    found = nodes_to_keep(model, half, frames)
+    assert found.get("node_of_root" if weight < 0 else "node_of_z") == reason
 
 
 def scaled_beyond_fp16(path: Path, out: Path, factor: float = 2e5) -> Path:

@@ -51,15 +51,19 @@ def test_stretching_is_what_evaluation_does() -> None:
     np.testing.assert_array_equal(segment(backend, image), Segmenter(backend, fit="stretch")(image))
 
 
-def test_padding_keeps_the_aspect() -> None:
+@pytest.mark.parametrize(
+    ("size_hw", "rows", "columns"), [((48, 48), slice(0, 32), slice(8, 40)), ((24, 72), slice(8, 24), slice(0, 48))]
+)
+def test_padding_keeps_the_aspect_and_puts_the_frame_in_the_middle(
+    size_hw: tuple[int, int], rows: slice, columns: slice
+) -> None:
     backend = RedValue((32, 48))
     segmenter = Segmenter(backend, fit="pad")
-    segmenter(np.full((48, 48, 3), 200, np.uint8))
-    (seen,) = backend.inputs
-    assert (seen[0, :, 8:40] == 200).all()
-    assert not seen[0, :, :8].any()
-    assert not seen[0, :, 40:].any()
-    assert segmenter.describe((48, 48))["resized_hw"] == [32, 32]
+    segmenter(np.full((*size_hw, 3), 200, np.uint8))
+    expected = np.zeros((1, 32, 48, 3), np.uint8)
+    expected[:, rows, columns] = 200
+    np.testing.assert_array_equal(backend.inputs, [expected])
+    assert segmenter.describe(size_hw)["resized_hw"] == [rows.stop - rows.start, columns.stop - columns.start]
 
 
 def test_tiles_are_at_full_resolution_and_leave_no_seam() -> None:
@@ -85,5 +89,11 @@ def test_pixels_near_the_border_of_a_tile_come_from_its_neighbour() -> None:
     assert (labels[3:-3, 3:-3] == 200).all()
 
 
-def test_a_network_of_a_larger_size_needs_no_tiles() -> None:
-    assert Segmenter(RedValue((32, 48)), fit="tile").describe((30, 40))["tiles"] == 1
+@pytest.mark.parametrize(("size_hw", "tiles"), [((30, 40), 1), ((32, 48), 1), ((33, 48), 2), ((30, 49), 2)])
+def test_a_frame_is_cut_into_tiles_where_one_side_is_larger_than_the_networks(
+    size_hw: tuple[int, int], tiles: int
+) -> None:
+    backend = RedValue((32, 48))
+    segmenter = Segmenter(backend, fit="tile")
+    segmenter(ramp(*size_hw))
+    assert segmenter.describe(size_hw)["tiles"] == len(backend.inputs) == tiles

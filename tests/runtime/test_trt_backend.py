@@ -178,6 +178,10 @@ def test_a_plan_that_tensorrt_refuses(machine: SimpleNamespace, tmp_path: Path) 
     ("changes", "reason"),
     {
         "another version": ({"version": "10.16.1"}, r"built with TensorRT 10.16.1, and 11.4.0 is installed"),
+        "another major version": (
+            {"version": "10.16.1", "options": {"version_compatible": True}},
+            r"built with TensorRT 10.16.1, and 11.4.0 is installed",
+        ),
         "another card": (
             {"gpu": Gpu("Orin", "sm87", (12, 6))},
             r"built on Orin \(sm87\), and this is RTX 4090 \(sm89\)",

@@ -74,13 +74,15 @@ def test_smoothing_begins_anew_at_a_cut() -> None:
 
 def test_what_smoothing_gave_out_is_not_changed_later() -> None:
     smoother = LabelSmoother(2)
-    given = [smoother(np.full((16, 16), value, np.uint8)) for value in (0, 1)]
-    labels = np.ones((16, 16), np.uint8)
-    labels[:4] = 0
-    smoother(labels)
-    smoother(labels)
-    assert not given[0].any()
-    assert given[1].all()
+    labels = [np.full((16, 16), value, np.uint8) for value in (0, 1, 1, 1, 1)]
+    labels[3][:4] = labels[4][:4] = 0
+    given, then = [], []
+    for one in labels:
+        given.append(smoother(one))
+        then.append(given[-1].copy())
+    np.testing.assert_array_equal(given, then)
+    assert given[2].any(), "what was shown did change"
+    assert not given[4].all(), "what was shown did change"
 
 
 def frames_of(*labels: np.ndarray) -> list[Frame]:
@@ -130,9 +132,10 @@ def test_run_lengths_give_the_labels_back(seed: int) -> None:
 
 
 def test_a_line_of_json_per_frame(tmp_path: Path) -> None:
-    write_all(RleSink(tmp_path / "labels.jsonl", CLASSES), frames_of(np.ones((2, 3), np.uint8)))
-    (line,) = (tmp_path / "labels.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"frame": 0, "time_s": 0.0, "size": [2, 3], "classes": {"bright": [0, 6]}}
+    write_all(RleSink(tmp_path / "labels.jsonl", CLASSES), frames_of(*[np.ones((2, 3), np.uint8)] * 2))
+    lines = (tmp_path / "labels.jsonl").read_text().splitlines()
+    for number, (line, time_s) in enumerate(zip(lines, (0.0, 0.04), strict=True)):
+        assert json.loads(line) == {"frame": number, "time_s": time_s, "size": [2, 3], "classes": {"bright": [0, 6]}}
 
 
 def test_labels_of_a_folder_name_their_pictures(tmp_path: Path) -> None:
@@ -209,6 +212,38 @@ def test_pixels_whose_true_class_changes_do_not_count_as_flicker() -> None:
     scorer = Scorer(lambda index: maps[index], 2, ["a", "b"])
     write_all(scorer, frames_of(*maps))
     assert scorer.result()["flicker_rate"] is None
+
+
+def test_frames_with_others_missing_between_them_do_not_count_as_flicker() -> None:
+    true = np.zeros((4, 4), np.uint8)
+    scorer = Scorer(lambda index: true, 3, ["a", "b"])
+    first, _, third = frames_of(true, true, true + 1)
+    write_all(scorer, [first, third])
+    assert scorer.result()["flicker_rate"] is None
+
+
+def test_scores_are_taken_at_the_size_of_the_true_labels() -> None:
+    true = np.eye(6, dtype=np.uint8)
+    true[0] = 255
+    scorer = Scorer(lambda index: true.repeat(2, 0).repeat(3, 1), 1, ["a", "b"])
+    write_all(scorer, frames_of(np.eye(6, dtype=np.uint8)))
+    assert scorer.result()["miou"] == 1
+    assert scorer.result()["label_pixels"] == {"a": 25 * 6, "b": 5 * 6}
+
+
+def test_a_frame_after_the_last_label_map_is_refused() -> None:
+    scorer = Scorer(lambda index: np.zeros((4, 4), np.uint8), 2, ["a", "b"])
+    scorer.open(Numbered(2))  # the header of the file says that there are no more
+    *first, last = frames_of(*[np.zeros((4, 4), np.uint8)] * 3)
+    assert all(map(scorer.write, first))
+    with pytest.raises(InputError, match="Frame 2 has no labels: there are only 2"):
+        scorer.write(last)
+
+
+def test_values_that_no_class_has_are_ignored_in_a_folder_of_label_maps(tmp_path: Path) -> None:
+    write_png(tmp_path / "0.png", np.array([[0, 1, 2, 254, 255]], np.uint8))
+    labels_of, _ = true_labels(str(tmp_path), "val", CLASSES)  # of two classes
+    assert labels_of(0).tolist() == [[0, 1, 255, 255, 255]]
 
 
 def test_a_video_is_scored_through_the_pipeline(tmp_path: Path) -> None:

@@ -123,6 +123,12 @@ def test_a_jump_ahead_is_one_only_where_the_format_may_jump() -> None:
     assert times(False)[:4] == [0, 1, 1.5, 99_899]
 
 
+def test_pictures_that_are_stamped_out_of_order_keep_their_times() -> None:
+    line = Timeline(start_s=Fraction(0), step_s=Fraction(1, 25), may_jump=True)
+    stamps_s = [Fraction(number, 25) for number in (0, 4, 1, 3, 2, 5)]
+    assert [line.place(stamp_s) for stamp_s in stamps_s] == stamps_s
+
+
 @pytest.mark.parametrize(("suffix", "orientation", "size_hw"), [(".tiff", 1, (48, 64)), (".jpg", 6, (64, 48))])
 def test_a_picture_with_exif_is_read_and_turned(
     suffix: str, orientation: int, size_hw: tuple[int, int], tmp_path: Path

@@ -103,6 +103,13 @@ def test_several_networks_take_turns_and_keep_the_order() -> None:
     assert len(result.times_ms["infer"]) == 50
 
 
+def test_a_live_source_uses_one_network_alone() -> None:
+    networks = [Threshold(), Threshold()]
+    process(Numbered(5, live=True), networks, Collect())  # type: ignore[arg-type]
+    assert networks[0].calls > 1
+    assert networks[1].calls == 0
+
+
 @pytest.mark.parametrize("fail_at", [0, 7])
 def test_one_of_several_networks_breaks(fail_at: int) -> None:
     with pytest.raises(RuntimeError, match="the network broke"):
