@@ -176,7 +176,11 @@ def test_as_many_states_are_kept_as_asked_and_the_newest_whole_one_is_taken(keep
         save(states, step)
     older = [f"step-{step:08d}.pt" for step in (1, 2, 3)][4 - keep :]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", *older]
-    if keep > 1:
+    if keep == 1:
+        (tmp_path / "step-00000002.pt").write_bytes(b"of a time when more were kept")
+        save(states, 5)
+        assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    else:
         (tmp_path / "last.pt").unlink()  # of which there may be a second name
         (tmp_path / "last.pt").write_bytes(b"damaged")
         resumed = LastCheckpoints(tmp_path, keep=keep)
