@@ -244,7 +244,6 @@ def test_a_broken_step_leaves_the_balance_alone(batch: Batch) -> None:
         ("aicsd", {"alw": "quadratic"}, 0.0625, 0.625),
         ("aicsd", {"alw_start": 0.5}, 0.625, 6.25),
         ("aicsd", {"alw": "off", "icsd_warmup": 1.0}, 1, 4),
-        ("aicsd", {"alw_per": "epoch"}, 0, 0),
     ],
 )
 def test_alw_for_any_method(method: str, settings: dict[str, Any], ce: float, term: float, batch: Batch) -> None:
@@ -252,6 +251,12 @@ def test_alw_for_any_method(method: str, settings: dict[str, Any], ce: float, te
     weights = loss(batch, step=1, total_steps=5).weights
     assert weights["ce"] == pytest.approx(ce)
     assert weights[loss.names[-1]] == pytest.approx(term)
+
+
+def test_alpha_stands_still_within_an_epoch_and_the_last_one_may_be_short(batch: Batch) -> None:
+    loss = Distiller(Network(0), Network(1), MethodConfig(alw_per="epoch"), epochs=2)
+    assert [loss(batch, step=step, total_steps=5).alpha for step in range(5)] == [0, 0, 0, 1, 1]
+    assert loss(batch, step=0, total_steps=1).alpha == 1
 
 
 def test_options_choose_which_pixels_and_classes_count(batch: Batch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_a_new_file_that_fails_its_proof_says_that_the_old_one_is_still_there(tm
     ):
         fail()
     assert (tmp_path / "student.plan").read_text() == "older"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_a_file_may_be_read_by_whom_the_umask_lets(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "file.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file.json").stat().st_mode & 0o777 == mode
 
 
 def test_a_folder_in_the_way_and_a_file_for_a_folder_are_said(tmp_path: Path) -> None:

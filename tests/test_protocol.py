@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from aicsd_deploy.metadata import Metadata, SegClass
 from aicsd_deploy.protocol import Protocol, ProtocolSegmenter, _starts
+from aicsd_deploy.runtime.frames import resize_image
 
 CLASSES = tuple(SegClass(n, (0, 0, i)) for i, n in enumerate("abc"))
 METADATA = Metadata(model="x", classes=CLASSES, image_size_hw=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
@@ -88,6 +90,32 @@ def test_scales_and_mirror_are_averaged_as_probabilities() -> None:
     assert (both(image) == 1).all()
     once = ProtocolSegmenter(Leaning(), METADATA, Protocol(native=True), device=torch.device("cpu"))
     assert once(image)[0, 0] == 0
+
+
+def test_windows_average_logits_and_scales_and_mirror_probabilities() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 3, 5, stride=2, padding=2).requires_grad_(False)
+    convolution.weight *= 20
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    protocol = Protocol(native=True, window_hw=(24, 24), scales=(1.0, 1.5), flip=True)
+    segmenter = ProtocolSegmenter(
+        nn.Sequential(convolution, nn.Dropout(0.5)), METADATA, protocol, device=torch.device("cpu")
+    )
+    total = torch.zeros(1, 3, 40, 50)
+    for height, width in ((40, 50), (60, 75)):
+        image_rgb = resize_image(picture, (height, width))[..., ::-1]
+        for turn in (1, -1):
+            image = torch.from_numpy(image_rgb[:, ::turn].copy()).permute(2, 0, 1)[None] / 255
+            logits, counts = torch.zeros(1, 3, height, width), torch.zeros(height, width)
+            for top in {min(start, height - 24) for start in range(0, height, 16)}:
+                for left in {min(start, width - 24) for start in range(0, width, 16)}:
+                    part = (..., slice(top, top + 24), slice(left, left + 24))
+                    logits[part] += F.interpolate(convolution(image[part]), size=(24, 24), mode="bilinear")
+                    counts[part] += 1
+            logits = logits / counts
+            logits = logits if turn == 1 else logits.flip(3)
+            total += F.interpolate(logits, size=(40, 50), mode="bilinear").softmax(dim=1)
+    assert (segmenter(picture) == total.argmax(dim=1)[0].numpy()).mean() > 0.999
 
 
 def test_windows_cover_everything_and_overlap() -> None:

@@ -155,6 +155,11 @@ def test_a_cell_without_a_teacher_sees_no_larger_pictures() -> None:
     assert [(c.teacher, c.teacher_scale) for c in cells] == [(None, 1), ("t.pt", 2)]
 
 
+def test_a_variant_does_not_change_the_seed_of_its_cells() -> None:
+    study = StudyConfig(variants={"odd": {"method": "kd", "seed": 7}})
+    assert study.cell("odd", 1, teacher="t.pt").seed == 1
+
+
 def test_a_cell_of_an_older_version_that_did_not_know_a_setting_still_counts(studied: Path) -> None:
     path = studied / "out/cells/none-seed0/cell.json"
     cell = json.loads(path.read_text())
@@ -217,20 +222,23 @@ def test_a_cell_counts_its_last_epoch_not_its_best(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(cells_module, "distill", trains)
     cell = cells_module._run_cell(DistillConfig(method="none"), "none", tmp_path / "cell")
     assert (cell["miou"], cell["best_miou"], cell["per_class_iou"]) == (0.6, 0.7, {"a": 0.6})
-    assert summarize(StudyConfig(methods=["none"]), [cell])["methods"]["none"]["miou_mean"] == 0.6
+    found = summarize(StudyConfig(methods=["none"]), [cell])["methods"]["none"]
+    assert (found["miou_mean"], found["best_miou_mean"]) == (0.6, 0.7)
 
 
 def test_the_gap_ends_at_the_teacher_as_the_method_shows_it(studied: Path) -> None:
     found = json.loads((studied / "out/study.json").read_text())
-    scores = {"none": (0.3, None), "kd": (0.4, 0.5), "kd_larger": (0.4, 0.7)}
+    scores = {"none": (0.3, None), "kd": (0.4, 0.5), "kd_larger": (0.4, 0.7), "kd_worse": (0.4, 0.2)}
     made = [
         found["cells"][0] | {"name": name, "miou": miou, "teacher": teacher and {"path": "t.pt", "miou": teacher}}
         for name, (miou, teacher) in scores.items()
     ]
     study = summarize(StudyConfig.model_validate(found["recipe"]), made)
     gaps = {name: method["gap_closed"] for name, method in study["methods"].items()}
+    assert gaps.pop("kd_worse") is None, "there is no gap to a teacher that is worse than cross-entropy alone"
     assert gaps == pytest.approx({"none": 0, "kd": 0.5, "kd_larger": 0.25})
-    assert "teacher 50.00 or 70.00 % at the size that it is shown" in to_markdown(study, "")
+    assert study["methods"]["kd"]["minus_kd"] is None
+    assert "teacher 50.00 or 70.00 or 20.00 % at the size that it is shown" in to_markdown(study, "")
 
 
 def test_pairs_are_cells_of_the_same_seed_in_whatever_order_they_came() -> None:

@@ -73,9 +73,7 @@ def read_classes(path: Path) -> tuple[tuple[SegClass, ...], dict[int, int], dict
             f"{path} gives the value 255 to the class {reserved.name!r}, but pixels of 255 are ignored. Give the class another "
             "value, in the masks too, or name it void if it is to be ignored."
         )
-    kept = [
-        value for value in sorted(found) if found[value].name.lower() not in IGNORED_NAMES and value != IGNORE_LABEL
-    ]
+    kept = [value for value in sorted(found) if found[value].name.lower() not in IGNORED_NAMES]
     if len(kept) < 2:
         raise InputError(
             f"{path} names {len(kept)} class{'' if len(kept) == 1 else 'es'}, but there must be two to tell apart. Add the others, such "

@@ -38,13 +38,14 @@ def precise(values: Tensor) -> Tensor:
 def spatial_log_softmax(logits: Tensor, *, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return log P and P, both (B, C, N): how each class spreads over the N positions of its image.
 
-    Positions that are not valid have P = 0 and log P = 0; an image without any has nothing else. Call it outside autocast.
+    Positions that are not valid have P = 0 and log P = 0; an image without any valid one has log P = 0 alone, which leaves
+    nothing of a product of the two. Call it outside autocast.
     """
     z_BCN = precise(logits).flatten(2) / temperature
     if valid is None:
         logp_BCN = torch.log_softmax(z_BCN, dim=2)
         return logp_BCN, logp_BCN.exp()
-    mask_B1N = valid.flatten(1).unsqueeze(1)
+    left_out_B1N = ~valid.flatten(1).unsqueeze(1)
     # The lowest finite value instead of -inf: an image without valid positions then gives numbers, not NaN.
-    logp_BCN = torch.log_softmax(z_BCN.masked_fill(~mask_B1N, torch.finfo(z_BCN.dtype).min), dim=2)
-    return logp_BCN.masked_fill(~mask_B1N, 0.0), logp_BCN.exp() * mask_B1N
+    logp_BCN = torch.log_softmax(z_BCN.masked_fill(left_out_B1N, torch.finfo(z_BCN.dtype).min), dim=2)
+    return logp_BCN.masked_fill(left_out_B1N, 0.0), logp_BCN.exp()

@@ -94,7 +94,7 @@ def test_folder_indices_with_gaps_palette_masks_and_a_void_class(tmp_path: Path)
     (tmp_path / "val/images").mkdir()
     Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "val/images/a.jpg")
     (tmp_path / "classes.txt").write_text(
-        "# ids as Cityscapes has them\n7 road 128 64 128\n26 big car 0 0 142\n3 void 0 0 0\n"
+        "# ids as Cityscapes has them\n7 road 128 64 128\n26 big car 0 0 142\n3 Void 0 0 0\n"
     )
     dataset = open_dataset(f"folder:{tmp_path}", "val")
     assert [c.name for c in dataset.classes] == ["road", "big car"]
@@ -130,6 +130,15 @@ def test_report_counts_pixels_and_images(folder_data: Path, tmp_path: Path) -> N
     }
     for path in write_overlays(dataset, tmp_path / "overlays", count=2):
         assert Image.open(path).size == (128, 48)
+
+
+@pytest.mark.parametrize("size_hw", [(10, 64), (48, 10)])
+def test_a_mask_of_another_height_or_width_than_its_image_is_refused(
+    size_hw: tuple[int, int], folder_data: Path
+) -> None:
+    save_mask(folder_data / "train/labels/003.png", np.zeros(size_hw, np.uint8))
+    with pytest.raises(InputError, match=rf"003\.png is {size_hw[0]}x{size_hw[1]} \(HxW\) but its image .* is 48x64"):
+        open_dataset(f"folder:{folder_data}", "train").load(3)
 
 
 def break_size(root: Path) -> str:
@@ -335,6 +344,15 @@ def test_classes_file_is_read_with_names_of_several_words(tmp_path: Path) -> Non
     assert colors == {(1, 2, 3): 0, (250, 170, 30): 1}
 
 
+@pytest.mark.parametrize(
+    "line", ["0 sky 7 8 9", "256 sky 7 8 9", "-1 sky 7 8 9", "1 sky 7 8 256", "1 sky 7 8", "1 7 8 9"]
+)
+def test_a_wrong_line_of_the_class_list_is_told_by_its_number(line: str, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text(f"0 road 1 2 3\n{line}\n2 tree 4 5 6\n")
+    with pytest.raises(InputError, match=r"line 2: .* is not `index name R G B` with an index used once"):
+        read_classes(tmp_path / "classes.txt")
+
+
 def test_a_class_that_255_would_ignore_is_refused(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("0 ground 0 0 0\n1 sky 0 0 9\n255 person 255 255 255\n")
     with pytest.raises(InputError, match="gives the value 255 to the class 'person', but pixels of 255 are ignored"):
@@ -382,9 +400,21 @@ def test_masks_of_any_whole_numbers_and_no_others(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     Image.frombytes("I;16B", (3, 2), values.astype(">u2").tobytes()).save(path)
     assert (read_mask(path) == values).all()
+    for beyond in (-1, 256):
+        Image.fromarray(np.where(values == 0, beyond, values).astype(np.int32)).save(path)
+        with pytest.raises(InputError, match="they must lie in 0 to 255"):
+            read_mask(path)
     Image.fromarray(values.astype(np.float32)).save(path)
     with pytest.raises(InputError, match=r"mode F\. Labels must be index masks"):
         read_mask(path)
+
+
+def test_a_mask_in_the_jpeg_format_of_phones_is_refused(tmp_path: Path) -> None:
+    """MPO, which holds a JPEG and its preview in a file that is named .jpg."""
+    picture = Image.new("L", (6, 4))
+    picture.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[picture])
+    with pytest.raises(InputError, match=r"a\.jpg is a JPEG"):
+        read_mask(tmp_path / "a.jpg")
 
 
 def test_a_mark_at_the_start_of_a_text_file_is_no_part_of_it(folder_data: Path) -> None:

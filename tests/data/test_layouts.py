@@ -117,6 +117,38 @@ def test_voc_palette_masks(tmp_path: Path) -> None:
         open_dataset(f"vocaug:{tmp_path}", "train")
 
 
+def test_voc_has_the_colours_of_its_palette_and_its_classes_by_name() -> None:
+    """The palette of VOC's development kit: the index's lowest three bits are the highest of red, green and blue, and so on."""
+
+    def bit(number: int, place: int) -> int:
+        return number >> place & 1
+
+    for index, known in enumerate(VOC_CLASSES):
+        color = tuple(sum(bit(index, 3 * n + channel) << 7 - n for n in range(8)) for channel in range(3))
+        assert known.color_rgb == color, known.name
+    names = [c.name for c in VOC_CLASSES]
+    assert names == ["background", *sorted(names[1:])]
+
+
+def test_a_voc_picture_with_a_turning_tag_is_taken_as_its_labels_are(tmp_path: Path) -> None:
+    path = write_voc(tmp_path) / "VOCdevkit/VOC2012/JPEGImages/2007_000000.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+    image, labels = open_dataset(f"voc:{tmp_path}", "train").load(0)
+    assert image.shape[:2] == labels.shape == (56, 40)
+
+
+@pytest.mark.parametrize("line", ["/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "{0}.jpg {0}.png", "{0} {0}"])
+def test_voc_lists_of_pairs_name_the_image_first(line: str, tmp_path: Path) -> None:
+    listed = write_voc(tmp_path) / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
+    stems = listed.read_text().split()
+    listed.write_text("".join(line.format(stem) + "\n" for stem in stems))
+    dataset = open_dataset(f"voc:{tmp_path}", "train")
+    assert [dataset.name(i) for i in range(len(dataset))] == stems
+    assert dataset.load(0)[0].shape == (56, 40, 3)
+
+
 def test_voc_lists_from_windows_and_with_an_image_twice(tmp_path: Path) -> None:
     listed = write_voc(tmp_path) / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
     stems = listed.read_text().split()
@@ -204,7 +236,7 @@ def test_two_steps_and_a_score_by_the_papers_protocol(name: str, tmp_path: Path)
 def test_masks_in_colours_of_the_class_list(folder_data: Path) -> None:
     plain = open_dataset(f"folder:{folder_data}", "train").load(0)[1]
     with (folder_data / "classes.txt").open("a") as file:
-        file.write("255 void 0 0 0\n")
+        file.write("255 Void 0 0 0\n")
     colors = np.vstack([COLORS, np.zeros((253, 3), np.uint8)])
     path = folder_data / "train/labels/000.png"
     Image.fromarray(colors[plain]).save(path)

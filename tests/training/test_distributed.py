@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import REPO, TINY, call_script, log_lines, write_folder_dataset
+from two_processes import adapter_and_weight
 
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.evaluate import evaluate
@@ -79,6 +80,12 @@ def test_two_processes_give_the_losses_of_one(work: Path) -> None:
     weights = [torch.load(work / run / "last.pt", weights_only=True)["model"] for run in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_and_balance_are_those_of_one_process(work: Path) -> None:
+    one = pytest.approx(adapter_and_weight(), rel=1e-4, abs=1e-6)
+    assert rank(work, 0)["adapter"] == one
+    assert rank(work, 1)["adapter"] == one
 
 
 def test_validation_of_two_processes_counts_every_image_once(work: Path) -> None:

@@ -164,6 +164,33 @@ def test_states_that_a_run_did_not_go_on_from_are_removed(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-00000001.pt"]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_as_many_states_are_kept_as_asked_and_the_newest_whole_one_is_taken(keep: int, tmp_path: Path) -> None:
+    metadata = Metadata("m", CLASSES, (8, 8))
+
+    def save(states: LastCheckpoints, step: int) -> None:
+        states.save(Checkpoint(metadata, {}, {"step": step, "optimizer": {}, "config": {}, "identity": {}}))
+
+    states = LastCheckpoints(tmp_path, keep=keep)
+    for step in (1, 2, 3, 4):
+        save(states, step)
+    older = [f"step-{step:08d}.pt" for step in (1, 2, 3)][4 - keep :]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", *older]
+    if keep == 1:
+        (tmp_path / "step-00000002.pt").write_bytes(b"of a time when more were kept")
+        save(states, 5)
+        assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    else:
+        (tmp_path / "last.pt").unlink()  # of which there may be a second name
+        (tmp_path / "last.pt").write_bytes(b"damaged")
+        resumed = LastCheckpoints(tmp_path, keep=keep)
+        found = resumed.load()
+        assert found is not None
+        assert found.training["step"] == 3
+        save(resumed, 5)
+        assert load_checkpoint(tmp_path / "step-00000003.pt").training["step"] == 3, "not what was damaged"
+
+
 def test_a_full_disk_leaves_the_state_before_and_says_so(work: Path) -> None:
     good = torch.save
 

@@ -38,6 +38,15 @@ def test_methods_on_features_refuse_what_is_for_logits(setting: dict[str, object
         assert validated(DistillConfig, {"method": method, **setting}).method == method
 
 
+@pytest.mark.parametrize(("scale", "fits"), [((1, 1), True), ((0.5, 8), True), ((0, 1), False), ((1, 8.5), False)])
+def test_the_random_scale_lies_above_0_and_up_to_8(scale: tuple[float, float], fits: bool) -> None:
+    if fits:
+        assert validated(DistillConfig, {"scale": scale}).scale == scale
+    else:
+        with pytest.raises(InputError, match="above 0 and up to 8"):
+            validated(DistillConfig, {"scale": scale})
+
+
 def test_a_run_with_another_class_map_or_other_classes_is_not_gone_on_with(tmp_path: Path) -> None:
     names = write_folder_dataset(tmp_path / "data") / "classes.txt"
     (tmp_path / "tiny_network.py").write_text(NETWORK)
