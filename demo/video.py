@@ -8,6 +8,7 @@ Without flags it shows the newest student under runs/ on the first camera, or on
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept = f" What came before is kept in {written}." if written else ""
         raise InputError(f"{source.name} was lost and did not come back.{kept}")
     if result.interrupted and not source.live and not sink.paced:
-        raise KeyboardInterrupt
+        say("interrupted")
+        sys.exit(128 + (result.signal or signal.SIGINT))  # as a shell and a service manager know it
 
 
 def report(result: VideoResult, named: dict[str, Any], json_path: Path | None) -> None:
