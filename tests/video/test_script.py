@@ -271,3 +271,26 @@ base.open_backend = lambda path, **kwargs: Signals()
     )
     assert (done.returncode, done.stderr.splitlines()[-1]) == (code, "interrupted"), done.stderr
     assert len(read_back(tmp_path / "out.mp4")[0]) == json.loads((tmp_path / "r.json").read_text())["frames_out"] < 55
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is a full disk")
+def test_where_the_json_cannot_be_written_the_rest_has_been_said(tmp_path: Path) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(12))
+    fake = RUN_WITH_FAKE_NETWORK.format(helpers=str(Path(__file__).parent), script=str(ROOT / "demo" / "video.py"))
+    fake = fake.replace("import runpy, sys", "import runpy, sys\nsys.stdout.reconfigure(line_buffering=True)")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", fake, *"--engine e.onnx --source in.mp4 -o out.mp4 --json -".split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2, done.stderr
+    told = done.stderr.splitlines()
+    assert told[-3].startswith("12 of 12 frames")
+    assert told[-2] == "out.mp4"
+    assert "No space left" in told[-1]
