@@ -8,6 +8,7 @@ Without flags it shows the newest student under runs/ on the first camera, or on
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,9 +20,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not instal
 from aicsd_deploy.cli import needed_packages, run, write_result
 from aicsd_deploy.console import percent, say, table
 from aicsd_deploy.errors import InputError
-from aicsd_deploy.runs import newest_artifact
 
 with needed_packages():
+    from aicsd_deploy.runs import newest_artifact
     from aicsd_deploy.runtime.base import open_backend
     from aicsd_deploy.video.flags import only_watched, open_sinks, parse, share_cores
     from aicsd_deploy.video.overlay import Overlay
@@ -74,22 +75,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             "smooth": args.smooth,
             "scores": scorer.result() if scorer and result.frames_out else None,
         }
-    report(result, named, args.json)
+    report(result, named)
     if scorer and result.ended == "end":
         scorer.warn_of_the_rest()
     written = ", ".join(map(str, args.output or ()))
     if written:
         say(written if result.frames_out else "Nothing was written.")
+    write_result(result.summary() | named, args.json)  # last: where it fails, the rest has been said
     if result.ended == "lost":
         kept = f" What came before is kept in {written}." if written else ""
         raise InputError(f"{source.name} was lost and did not come back.{kept}")
     if result.interrupted and not source.live and not sink.paced:
-        raise KeyboardInterrupt
+        say("interrupted")
+        sys.exit(128 + (result.signal or signal.SIGINT))  # as a shell and a service manager know it
 
 
-def report(result: VideoResult, named: dict[str, Any], json_path: Path | None) -> None:
-    """Say what came of the run, and write it where --json asked for it."""
-    write_result(result.summary() | named, json_path)
+def report(result: VideoResult, named: dict[str, Any]) -> None:
+    """Say what came of the run."""
     say(table(["ms per frame", *result.latency_ms()], [["", *(f"{ms:.1f}" for ms in result.latency_ms().values())]]))
     damaged = f", {result.skipped} damaged ones left out" if result.skipped else ""
     say(f"{result.frames_out} of {result.frames_in} frames at {result.fps:.1f} fps{damaged}")

@@ -31,6 +31,7 @@ class Stop:
         self.is_set = False
         self.error: BaseException | None = None
         self.interrupted = False
+        self.signal: int | None = None
         self._also = also
         self._handlers: dict[int, Any] = {}
 
@@ -66,6 +67,7 @@ class Stop:
         self._handlers.clear()
 
     def _on_signal(self, number: int, frame: object) -> None:
+        self.signal = number
         # An exception here could hit between two calls of the encoder; a flag is looked at between two frames.
         self.interrupt()
         self.__exit__()  # the second signal does what it does elsewhere

@@ -46,6 +46,7 @@ class VideoResult:
         age_ms: live sources: time from a frame's arrival until it was shown, for each of the last frames; else empty.
         ended: "end" of the source, "lost" (`Source.lost`), "max_frames", or "interrupted" by Ctrl-C,
             a termination signal or the viewer.
+        signal: the number of that signal, Ctrl-C's among them; None where none came.
         reconnects: how often a live source was lost and came back.
         resize: how frames reached the network (`Segmenter.describe`).
     """
@@ -57,6 +58,7 @@ class VideoResult:
     times_ms: dict[str, npt.NDArray[np.float64]]
     age_ms: npt.NDArray[np.float64]
     ended: Literal["end", "lost", "max_frames", "interrupted"]
+    signal: int | None
     reconnects: int
     resize: dict[str, Any]
 
@@ -151,6 +153,7 @@ def process_video(
         times_ms={stage: watch.kept_ms(stage) for stage in STAGES},
         age_ms=watch.kept_ms("age"),
         ended=_how_it_ended(source, stop, reached_max=frames_out == max_frames),
+        signal=stop.signal,
         reconnects=source.reconnects,
         resize=segmenters[0].describe(source.size_hw),
     )

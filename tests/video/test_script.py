@@ -245,3 +245,52 @@ with aicsd_deploy.video.sources.open_source("synthetic", synthetic_hw=(48, 64)) 
     next(iter(source))
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_the_exit_code_tells_the_signal_that_ended_a_file(tmp_path: Path, number: str, code: int) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(55))
+    fake = RUN_WITH_FAKE_NETWORK.format(helpers=str(Path(__file__).parent), script=str(ROOT / "demo" / "video.py"))
+    signals = f"""
+import os, signal
+from video_helpers import Threshold
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background would have it ignored
+class Signals(Threshold):
+    def infer(self, frames):
+        if self.calls == 20:
+            os.kill(os.getpid(), signal.{number})
+        return super().infer(frames)
+base.open_backend = lambda path, **kwargs: Signals()
+"""
+    before, after = fake.split("base.open_backend = lambda path, **kwargs: Threshold()\n")
+    flags = "--engine e.onnx --source in.mp4 --in-flight 1 -o out.mp4 --json r.json".split()
+    command = [sys.executable, "-c", before + signals + after, *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (code, "interrupted"), done.stderr
+    assert len(read_back(tmp_path / "out.mp4")[0]) == json.loads((tmp_path / "r.json").read_text())["frames_out"] < 55
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is a full disk")
+def test_where_the_json_cannot_be_written_the_rest_has_been_said(tmp_path: Path) -> None:
+    encode(tmp_path / "in.mp4", grey_frames(12))
+    fake = RUN_WITH_FAKE_NETWORK.format(helpers=str(Path(__file__).parent), script=str(ROOT / "demo" / "video.py"))
+    fake = fake.replace("import runpy, sys", "import runpy, sys\nsys.stdout.reconfigure(line_buffering=True)")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", fake, *"--engine e.onnx --source in.mp4 -o out.mp4 --json -".split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2, done.stderr
+    told = done.stderr.splitlines()
+    assert told[-3].startswith("12 of 12 frames")
+    assert told[-2] == "out.mp4"
+    assert "No space left" in told[-1]
