@@ -15,7 +15,7 @@ import onnx
 from aicsd_deploy.console import say
 from aicsd_deploy.data.dataset import SegmentationDataset
 from aicsd_deploy.data.spec import open_dataset
-from aicsd_deploy.errors import InputError, MissingDependencyError
+from aicsd_deploy.errors import AicsdError, InputError, MissingDependencyError
 from aicsd_deploy.evaluate import check_same_classes
 from aicsd_deploy.export.engine_checks import (
     Precision,
@@ -40,6 +40,7 @@ from aicsd_deploy.runtime.engine_card import EngineCard, card_path
 from aicsd_deploy.runtime.frames import as_input
 from aicsd_deploy.runtime.ort_backend import DISABLED_OPTIMIZERS, OrtBackend
 from aicsd_deploy.runtime.tensorrt_module import Flavor, load_tensorrt, require_tensorrt_gpu
+from aicsd_deploy.runtime.trt_backend import TensorRTBackend
 
 CALIBRATION_FRAMES = 8
 HALVES: dict[Precision, Half] = {"fp16": "fp16", "bf16": "bf16", "int8": "fp16"}
@@ -182,6 +183,8 @@ def _lowered(
 def find_checkpoint(onnx_path: Path, metadata: Metadata) -> Path | None:
     """Return the checkpoint that a file was exported from, if it lies beside it, in a folder below or under runs/; known by its hash."""
     wanted = metadata.provenance.get("checkpoint_sha256")
+    if wanted is None:
+        return None
     folder = onnx_path.parent
     candidates = [*folder.glob("*.pt"), *folder.glob("*/best.pt"), *RUNS.rglob("best.pt")]
     return next((path for path in candidates if sha256(path) == wanted), None)
@@ -219,14 +222,10 @@ def _candidate(
 ) -> Iterator[tuple[Backend, str]]:
     """Open the engine where it can run; else its very graph in ONNX Runtime, whatever the file it came from was made for."""
     precision = card.metadata.precision
-    if gpu is not None:
-        description = card_path(plan)
-        try:
-            card.write(description)
-            with open_backend(plan) as backend:
-                yield backend, f"the engine on {gpu.name}"
-        finally:
-            description.unlink(missing_ok=True)
+    engine = None if gpu is None else _opened(plan, card)
+    if gpu is not None and engine is not None:
+        with engine:
+            yield engine, f"the engine on {gpu.name}"
         return
     temporary = plan.with_suffix(".onnx")
     try:
@@ -238,6 +237,22 @@ def _candidate(
             yield backend, f"{where} in ONNX Runtime on the CPU (the engine itself cannot run here)"
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _opened(plan: Path, card: EngineCard) -> Backend | None:
+    """Return the engine, loaded; None where it cannot run on this machine's GPU although there is one, and say why."""
+    description = card_path(plan)
+    try:
+        card.write(description)
+        return TensorRTBackend(plan, built_here=True)
+    except AicsdError as error:
+        if card.flavor == "tensorrt" and not isinstance(error, MissingDependencyError):
+            raise
+        # Nobody to own GPU memory, or a card that is not among those which TensorRT-RTX builds for unless told to.
+        say(f"note: the engine cannot run here: {error}")
+        return None
+    finally:
+        description.unlink(missing_ok=True)
 
 
 def _calibration_frames(dataset: SegmentationDataset, metadata: Metadata) -> list[UInt8Array]:

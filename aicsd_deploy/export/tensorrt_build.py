@@ -150,6 +150,9 @@ def build_engine(model: onnx.ModelProto, flavor: Flavor, options: BuildOptions) 
         raise InputError(f"{NAMES[flavor]} {trt.__version__} cannot take this graph: {reasons}")
     precision = read_precision(trt, network)
     config = _config(trt, builder, network, options)
+    if flavor == "rtx":
+        # Without it an engine may allocate memory while it runs, which a CUDA graph cannot record.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     with ExitStack() as stack:
         # One bar for the outermost phase; TensorRT nests dozens in it.
         monitor = _monitor(trt, stack, f"building with {NAMES[flavor]}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aicsd_deploy.errors import InputError
+from aicsd_deploy.errors import AicsdError, InputError, first_line
 from aicsd_deploy.metadata import TRUST_VARIABLE, is_trusted
 from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array, median_stages
 from aicsd_deploy.runtime.device_memory import Buffer, DeviceMemory, open_memory
@@ -35,7 +35,14 @@ class TensorRTBackend(Backend):
     """
 
     def __init__(
-        self, path: Path, *, device: str = "auto", memory: str = "auto", lanes: int = 2, graph: bool = True
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        memory: str = "auto",
+        lanes: int = 2,
+        graph: bool = True,
+        built_here: bool = False,
     ) -> None:
         """Load an engine; see `open_backend`.
 
@@ -45,6 +52,7 @@ class TensorRTBackend(Backend):
             memory: who owns the GPU's memory; see `open_memory`.
             lanes: how many calls run at once; each takes memory of its own.
             graph: replay a CUDA graph instead of giving the GPU every kernel anew.
+            built_here: this very process built it, so that what it carries for the CPU may run.
         """
         card = read_card(path)
         index = require_gpu_device(device, path)
@@ -57,7 +65,7 @@ class TensorRTBackend(Backend):
         self.name = f"{NAMES[card.flavor]} {card.metadata.precision} ({self._memory.name})"
         with self._memory.current():
             self._runtime = trt.Runtime(logger(card.flavor))
-            self._engine = _deserialize(trt, self._runtime, path, card)
+            self._engine = _deserialize(trt, self._runtime, path, card, trusted=built_here or is_trusted(HOST_CODE))
             # Last in, first out: who calls from one thread always gets the lane that is ready for his frames.
             self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
             for _ in range(lanes):
@@ -120,7 +128,7 @@ class _Lane:
     """One execution context with its stream, its buffers and the graph of its last shape."""
 
     def __init__(self, trt: Any, engine: Any, memory: DeviceMemory, card: EngineCard, graph: bool) -> None:
-        self._memory, self._profiles, self._graph = memory, card.profiles, graph
+        self._memory, self._card, self._graph = memory, card, graph
         self._context = _context(trt, engine, card)
         if self._context is None:
             raise InputError(
@@ -158,7 +166,14 @@ class _Lane:
         if self._ready is None or self._ready.frames_NHWC.shape != frames_NHWC.shape:
             with _PREPARING:
                 self._ready = None  # until the new shape works
-                self._ready = self._prepare(frames_NHWC.shape)
+                try:
+                    self._ready = self._prepare(frames_NHWC.shape)
+                except AicsdError:
+                    raise
+                except Exception as error:  # TensorRT's and each owner's own: mostly, too little memory
+                    raise InputError(
+                        f"The GPU cannot run frames of shape {frames_NHWC.shape}: {first_line(error)}. Give it fewer or smaller ones."
+                    ) from error
         np.copyto(self._ready.frames_NHWC, frames_NHWC)
         return self._ready
 
@@ -166,7 +181,8 @@ class _Lane:
         """Choose the profile, make the buffers, run once so that the kernels settle, and record the graph."""
         profile = self._profile_for(shape_NHWC)
         if profile != self._profile:
-            self._context.set_optimization_profile_async(profile, self._memory.handle(self._stream))
+            if not self._context.set_optimization_profile_async(profile, self._memory.handle(self._stream)):
+                raise RuntimeError(f"TensorRT could not change to its optimization profile {profile}")
             self._profile = profile
         if not self._context.set_input_shape(self._input, shape_NHWC):
             raise InputError(
@@ -175,8 +191,9 @@ class _Lane:
         labels_shape = tuple(self._context.get_tensor_shape(self._output))
         frames = self._memory.buffer(int(np.prod(shape_NHWC)))
         labels = self._memory.buffer(int(np.prod(labels_shape)))
-        self._context.set_tensor_address(self._input, frames.address)
-        self._context.set_tensor_address(self._output, labels.address)
+        for name, buffer in ((self._input, frames), (self._output, labels)):
+            if not self._context.set_tensor_address(name, buffer.address):
+                raise RuntimeError(f"TensorRT did not take the memory for {name}")
 
         def execute() -> None:
             if not self._context.execute_async_v3(self._memory.handle(self._stream)):
@@ -194,17 +211,21 @@ class _Lane:
 
         work()
         self._memory.wait(self._stream)
-        recorded = self._memory.record(self._stream, work) if self._graph else None
+        replay = self._memory.record(self._stream, work) if self._graph and self._capturable() else None
         views = frames.host.reshape(shape_NHWC), labels.host.reshape(labels_shape)
-        return _Ready(*views, (frames, labels), parts, recorded or work)
+        return _Ready(*views, (frames, labels), parts, replay or work)
+
+    def _capturable(self) -> bool:
+        # TensorRT itself does not say; it cannot only for operations that no segmentation network has.
+        return self._card.flavor == "tensorrt" or self._context.is_stream_capturable(self._memory.handle(self._stream))
 
     def _profile_for(self, shape_NHWC: tuple[int, ...]) -> int:
-        for number, profile in enumerate(self._profiles):
+        for number, profile in enumerate(self._card.profiles):
             if holds(profile, shape_NHWC[:3]):
                 return number
-        if not self._profiles:
+        if not self._card.profiles:
             return 0
-        ranges = "; ".join(f"{'x'.join(map(str, p[0]))} to {'x'.join(map(str, p[2]))}" for p in self._profiles)
+        ranges = "; ".join(f"{'x'.join(map(str, p[0]))} to {'x'.join(map(str, p[2]))}" for p in self._card.profiles)
         raise InputError(
             f"The engine was built for frames of NxHxW {ranges}, not {'x'.join(map(str, shape_NHWC[:3]))}. Resize them, or "
             "build it again with another --profile."
@@ -220,9 +241,9 @@ def _context(trt: Any, engine: Any, card: EngineCard) -> Any:
     return engine.create_execution_context(config)
 
 
-def _deserialize(trt: Any, runtime: Any, path: Path, card: EngineCard) -> Any:
+def _deserialize(trt: Any, runtime: Any, path: Path, card: EngineCard, *, trusted: bool) -> Any:
     if card.options.get("version_compatible"):
-        if not is_trusted(HOST_CODE):
+        if not trusted:
             raise InputError(
                 f"{path} is version-compatible, so it carries code that runs on the CPU. If you built it yourself, allow it: "
                 f"{TRUST_VARIABLE}={HOST_CODE}"

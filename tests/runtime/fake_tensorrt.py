@@ -114,8 +114,13 @@ class FakeContext:
         self.profile = 0
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        if self.engine.refuses == "profile":
+            return False
         self.profile = profile
         return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.capturable
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name == "frames"
@@ -128,7 +133,7 @@ class FakeContext:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return True
+        return self.engine.refuses != "memory"
 
     def execute_async_v3(self, stream: int) -> bool:
         self.engine.enqueued += 1
@@ -152,6 +157,8 @@ class FakeEngine:
         self.memory = memory
         self.enqueued = 0
         self.fails = False
+        self.refuses = ""  # "profile" or "memory"
+        self.capturable = True
         self.contexts: list[FakeContext] = []
 
     def get_tensor_name(self, i: int) -> str:
@@ -160,7 +167,10 @@ class FakeEngine:
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name == "frames" else TensorIOMode.OUTPUT
 
-    def create_execution_context(self) -> FakeContext:
+    def create_runtime_config(self) -> Any:
+        return SimpleNamespace()
+
+    def create_execution_context(self, config: Any = None) -> FakeContext:
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
 
@@ -168,6 +178,7 @@ class FakeEngine:
 def fake_tensorrt(memory: FakeMemory, version: str = "11.4.0") -> Any:
     """Return a module `tensorrt`; its `engine` is what every plan holds, None for one that cannot be loaded."""
     module = SimpleNamespace(__version__=version, TensorIOMode=TensorIOMode, engine=FakeEngine(memory))
+    module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=1)
     module.logger = SimpleNamespace(messages=[])
 
     class Runtime:

@@ -31,7 +31,7 @@ VARIABLES = {
     "runtime/tensorrt_module.py": {},
 }
 """What the variables of these modules hold."""
-RTX_ONLY = {"ComputeCapability", "DynamicShapesKernelSpecializationStrategy", "num_compute_capabilities", "set_compute_capability", "create_runtime_config"}  # fmt: skip
+RTX_ONLY = {"ComputeCapability", "REQUIRE_USER_ALLOCATION", "is_stream_capturable", "DynamicShapesKernelSpecializationStrategy", "num_compute_capabilities", "set_compute_capability", "create_runtime_config"}  # fmt: skip
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 STAND_IN = """
 #define EMPTY(name) void* name(void) { return 0; }

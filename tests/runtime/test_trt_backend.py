@@ -162,10 +162,42 @@ def test_two_engines_at_once(machine: SimpleNamespace, tmp_path: Path) -> None:
         np.testing.assert_array_equal(second.infer(two), expected(two))
 
 
-def test_an_engine_that_does_not_start_is_no_silent_result(machine: SimpleNamespace, tmp_path: Path) -> None:
-    machine.trt.engine.fails = True
-    with TensorRTBackend(write_engine(tmp_path)) as backend, pytest.raises(RuntimeError, match="could not start"):
-        backend.infer(frames(1, (8, 12)))
+@pytest.mark.parametrize(
+    ("refuses", "reason"), [("", "could not start"), ("memory", "did not take the memory"), ("profile", "profile 1")]
+)
+def test_what_tensorrt_refuses_is_no_silent_result(
+    refuses: str, reason: str, machine: SimpleNamespace, tmp_path: Path
+) -> None:
+    machine.trt.engine.refuses, machine.trt.engine.fails = refuses, not refuses
+    profiles = (((2, 8, 12),) * 3, ((1, 8, 12),) * 3)
+    metadata, given = Metadata("m", CLASSES, (8, 12), dynamic=("batch",)), frames(1, (8, 12))
+    with TensorRTBackend(write_engine(tmp_path, profiles=profiles, metadata=metadata)) as backend:
+        with pytest.raises(InputError, match=reason):
+            backend.infer(given)
+        machine.trt.engine.refuses, machine.trt.engine.fails = "", False
+        np.testing.assert_array_equal(backend.infer(given), expected(given))
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_rtx_records_a_graph_only_where_it_can(capturable: bool, machine: SimpleNamespace, tmp_path: Path) -> None:
+    machine.trt.engine.capturable = capturable
+    with TensorRTBackend(write_engine(tmp_path, flavor="rtx", gpu=None), lanes=1) as backend:
+        for seed in range(3):
+            given = frames(1, (8, 12), seed)
+            np.testing.assert_array_equal(backend.infer(given), expected(given))
+    assert machine.memory.recorded == int(capturable)
+
+
+def test_a_batch_that_the_gpu_has_no_memory_for_is_said(
+    machine: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(size: int) -> None:
+        raise RuntimeError("cudaMalloc failed: cudaErrorMemoryAllocation")
+
+    with TensorRTBackend(write_engine(tmp_path)) as backend:
+        monkeypatch.setattr(machine.memory, "buffer", no_room)
+        with pytest.raises(InputError, match="cudaErrorMemoryAllocation"):
+            backend.infer(frames(1, (8, 12)))
 
 
 def test_a_plan_that_tensorrt_refuses(machine: SimpleNamespace, tmp_path: Path) -> None:
@@ -206,6 +238,9 @@ def test_compatible_engines_run_elsewhere_if_they_are_trusted(
     assert not machine.trt.runtime.engine_host_code_allowed
     monkeypatch.setenv("AICSD_TRUST", "tensorrt-host-code")
     TensorRTBackend(plan)
+    assert machine.trt.runtime.engine_host_code_allowed
+    monkeypatch.delenv("AICSD_TRUST")
+    TensorRTBackend(plan, built_here=True)
     assert machine.trt.runtime.engine_host_code_allowed
 
 
