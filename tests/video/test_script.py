@@ -263,7 +263,7 @@ class Signals(Threshold):
 base.open_backend = lambda path, **kwargs: Signals()
 """
     before, after = fake.split("base.open_backend = lambda path, **kwargs: Threshold()\n")
-    flags = "--engine e.onnx --source in.mp4 --in-flight 1 -o out.mp4 --json r.json".split()
+    flags = ["--engine", "e.onnx", "--source", "in.mp4", "--in-flight", "1", "-o", "out.mp4", "--json", "r.json"]
     command = [sys.executable, "-c", before + signals + after, *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -280,7 +280,7 @@ def test_where_the_json_cannot_be_written_the_rest_has_been_said(tmp_path: Path)
     fake = fake.replace("import runpy, sys", "import runpy, sys\nsys.stdout.reconfigure(line_buffering=True)")
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", fake, *"--engine e.onnx --source in.mp4 -o out.mp4 --json -".split()],
+            [sys.executable, "-c", fake, *["--engine", "e.onnx", "--source", "in.mp4", "-o", "out.mp4", "--json", "-"]],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=full,
