@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import atomic_path, check_writable, write_png, write_text
 from aicsd_deploy.metadata import SegClass
 from aicsd_deploy.runtime.base import UInt8Array
-from aicsd_deploy.video.sinks import Sink, keep_partial
+from aicsd_deploy.video.sinks import Sink, keep_partial, require_room
 from aicsd_deploy.video.sources import Frame, Source
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+SPARE_BYTES = 1 << 16
+"""Room on the disk that a label map leaves, besides that for times.txt."""
 
 
 class PngSink(Sink):
@@ -50,6 +55,7 @@ class PngSink(Sink):
         """
         check_writable(self.folder / "times.txt")
         self._times: list[str] = []
+        self._spare_bytes = SPARE_BYTES
         return self
 
     def write(self, frame: Frame) -> bool:
@@ -57,14 +63,19 @@ class PngSink(Sink):
         if not self._times:
             lines = (f"{i} {c.name} {' '.join(map(str, c.color_rgb))}\n" for i, c in enumerate(self._classes))
             write_text(self.folder / "classes.txt", "".join(lines))
+        # Without times.txt, nobody would know what the label maps belong to.
+        require_room(self.folder, self._spare_bytes, self.folder)
         write_png(self.folder / f"frame_{frame.index:06d}.png", frame.labels)
         picture = "" if frame.picture is None else f" {frame.picture}"
         self._times.append(f"frame_{frame.index:06d}.png {frame.time_s:.6f}{picture}\n")
+        self._spare_bytes += 4 * len(self._times[-1])  # a letter of a name takes up to four bytes
         return True
 
     def close(self, error: BaseException | None) -> None:
         if self._times:
             write_text(self.folder / "times.txt", "".join(self._times))
+            if error is not None and not isinstance(error, KeyboardInterrupt):
+                say(f"The frames until the error are kept in {self.folder}")
 
 
 class RleSink(Sink):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -35,6 +37,12 @@ def keep_partial(temporary: Path, path: Path) -> None:
     make_readable(temporary)
     temporary.replace(partial_path(path))
     say(f"The frames until the error are kept in {partial_path(path)}")
+
+
+def require_room(folder: Path, needed_bytes: int, path: Path) -> None:
+    """Raise OSError, which names `path`, where a disk has not the room for what ends an output."""
+    if shutil.disk_usage(folder).free < needed_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 class Sink(ABC):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.runtime.base import UInt8Array
-from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink, keep_partial, partial_path
+from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink, keep_partial, partial_path, require_room
 from aicsd_deploy.video.sources import Frame, Source
 from aicsd_deploy.video.video_file import av, open_container, reformatter, timeline_of
 
@@ -141,8 +139,7 @@ class Mp4Sink(Sink):
     def _require_room(self) -> None:
         """Raise OSError where the disk is about to be full: a file whose index does not fit could not be played."""
         needed = self._spare_bytes + SPARE_FRAMES * self._largest_bytes
-        if shutil.disk_usage(self._temporary.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        require_room(self._temporary.parent, needed, self.path)
 
     def close(self, error: BaseException | None) -> None:
         container, self._container = self._container, None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -17,7 +18,7 @@ from video_helpers import CLASSES, Numbered, Threshold, room_for_files
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import write_png
 from aicsd_deploy.metadata import SegClass
-from aicsd_deploy.video.label_sinks import PngSink, RleSink, run_lengths
+from aicsd_deploy.video.label_sinks import SPARE_BYTES, PngSink, RleSink, run_lengths
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.scoring import Scorer, true_labels
@@ -182,6 +183,23 @@ def test_a_full_disk_is_reported_with_the_file(kind: Any, name: str, tmp_path: P
     with room_for_files(0), pytest.raises(OSError, match=rf"too large: .*{name}"):
         write_all(sink, frames_of(np.ones((2, 3), np.uint8)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_label_maps_leave_room_on_a_disk_that_fills_up_for_their_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disk_usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=SPARE_BYTES + 3000 - sum(path.stat().st_size for path in folder.iterdir()))
+
+    monkeypatch.setattr("aicsd_deploy.video.sinks.shutil.disk_usage", disk_usage)
+    frames = frames_of(*[np.ones((20, 30), np.uint8)] * 100)
+    with pytest.raises(OSError, match=r"No space left on device: '.*maps'"):
+        write_all(PngSink(tmp_path / "maps", CLASSES), frames)
+    kept = sorted(path.name for path in (tmp_path / "maps").glob("*.png"))
+    assert 3 < len(kept) < 100
+    assert [line.split()[0] for line in (tmp_path / "maps/times.txt").read_text().splitlines()] == kept
+    assert "kept in" in capsys.readouterr().err
+    assert disk_usage(tmp_path / "maps").free > SPARE_BYTES / 2
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_first_frame(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_leaves_room_for_the_end_of_the_file(
     def disk_usage(folder: Path) -> SimpleNamespace:
         return SimpleNamespace(free=room - sum(path.stat().st_size for path in folder.iterdir()))
 
-    monkeypatch.setattr("aicsd_deploy.video.video_writer.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("aicsd_deploy.video.sinks.shutil.disk_usage", disk_usage)
     with room_for_files(room), pytest.raises(OSError, match=r"No space left on device: '.*out\.mp4'"):
         write(tmp_path / "out.mp4", Noise(1000, size_hw=(96, 128)))
     (partial,) = tmp_path.iterdir()
