@@ -171,6 +171,7 @@ class CudaPythonMemory(DeviceMemory):
 
     def __init__(self, index: int) -> None:
         self._cuda = importlib.import_module("cuda.bindings.runtime")
+        self._native = importlib.import_module("cuda.bindings.utils").get_cuda_native_handle
         self._index = index
         self._call("cudaSetDevice", index)
         self._call("cudaFree", 0)  # makes the context, so that a missing driver is noticed here
@@ -183,15 +184,19 @@ class CudaPythonMemory(DeviceMemory):
 
     @contextmanager
     def current(self) -> Iterator[None]:
+        before = self._call("cudaGetDevice")
         self._call("cudaSetDevice", self._index)
-        yield
+        try:
+            yield
+        finally:
+            self._call("cudaSetDevice", before)
 
     def stream(self) -> Any:
         stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         return _Owned(stream, lambda: self._call("cudaStreamDestroy", stream))
 
     def handle(self, stream: Any) -> int:
-        return int(stream.value)
+        return int(self._native(stream.value))
 
     def buffer(self, size: int) -> Buffer:
         import ctypes

@@ -134,7 +134,7 @@ class BoundRuns:
 
 
 def _providers(ort: Any, device: str) -> list[Any]:
-    cuda = ("CUDAExecutionProvider", {"device_id": str(gpu_index(device))})
+    cuda = ("CUDAExecutionProvider", {"device_id": str(gpu_index(device)), "use_tf32": "0"})  # float32 is float32
     has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if device.startswith("cuda") and not has_cuda:
         raise MissingDependencyError(

@@ -62,6 +62,7 @@ class TorchBackend(Backend):
         checkpoint = load_checkpoint(path)
         if threads is not None:
             torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in the other runtimes
         return cls(checkpoint.build(), checkpoint.metadata, device=choose_device(device))
 
     def infer(self, frames_NHWC: UInt8Array) -> UInt8Array:

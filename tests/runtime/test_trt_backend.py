@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -315,6 +317,29 @@ def test_the_card_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_the_cpu_runs_no_engine(tmp_path: Path) -> None:
     with pytest.raises(MissingDependencyError, match="NVIDIA GPUs only"):
         open_backend(write_engine(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_cuda_python_owns_memory_streams_graphs_and_events(
+    graph: bool, machine: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_cuda = pytest.importorskip("host_cuda", reason="cuda-python is not installed", exc_type=ImportError)
+    cuda = host_cuda.HostCuda()
+    modules = {"cuda.bindings.runtime": cuda, "cuda.bindings.utils": importlib.import_module("cuda.bindings.utils")}
+    monkeypatch.setattr(device_memory, "importlib", SimpleNamespace(import_module=modules.__getitem__))
+    memory = open_memory("cuda-python", index=1)
+    monkeypatch.setattr(trt_backend, "open_memory", lambda name, index: memory)
+    machine.trt.engine.memory = cuda
+    cuda.device = 0
+    with TensorRTBackend(write_engine(tmp_path), graph=graph, lanes=2) as backend:
+        for seed in range(3):
+            given = frames(1, (8, 12), seed)
+            np.testing.assert_array_equal(backend.infer(given), expected(given))
+            assert cuda.device == 0, "the caller's GPU is as it was"
+        assert backend.time_stages([given] * 3) == {"host_to_device": 1, "network": 20, "device_to_host": 3}
+    del backend
+    gc.collect()
+    assert not cuda.live, "all is given back"
 
 
 def test_memory_that_is_not_there_is_said_owner_by_owner(monkeypatch: pytest.MonkeyPatch) -> None:
