@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(__doc__, argv)
     engine = args.engine or newest_artifact(fast=True)
     with open_backend(engine, device=args.device, memory=args.memory) as first:
-        about, device = first.metadata, first.device
+        about, device, concurrency = first.metadata, first.device, first.concurrency
     show = {"opacity": args.opacity, "shown": args.classes, "contour": args.contour, "legend": not args.no_hud}
     overlay = Overlay(about.classes, **show)
     with ExitStack() as opened:
@@ -47,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             open_source(args.source, synthetic_hw=scene_hw, endless=only_watched(args), loop=args.loop)
         )
         copies, threads = share_cores(device=device, live=source.live, in_flight=args.in_flight, threads=args.threads)
-        backends = [
+        loaded = [
             opened.enter_context(open_backend(engine, device=args.device, threads=threads, memory=args.memory))
-            for _ in range(copies)
+            for _ in range(1 if concurrency > 1 else copies)  # an engine runs several frames at once by itself
         ]
+        backends = [loaded[i % len(loaded)] for i in range(copies)]
         if args.source is None:
             what = "the first camera" if source.live else "the built-in street scene, since there is no camera"
             say(f"No --source is given: this shows {what}.")
