@@ -52,7 +52,7 @@ class Metadata:
         precision: number format of the network's weights and activations.
         dynamic: which of "batch" and "size" may differ from frame to frame.
         role: what the network is to the user.
-        method: the way it was trained.
+        method: the way it was trained; "elsewhere" for a network that this toolkit did not train.
         data: the data set it was trained on, as given.
         scores: what was measured on the validation images (fractions, 0 to 1).
         provenance: where it comes from (versions, git revision, hashes, command).

@@ -139,7 +139,7 @@ def open_alone(
         height, width, _ = dataset.load(0)[0].shape
         size_hw = height, width
     found = open_teacher(name, dataset.classes, class_map=class_map, size_hw=size_hw)
-    return replace(found, metadata=found.metadata.replace(image_size_hw=size_hw, data=data))
+    return replace(found, metadata=found.metadata.replace(image_size_hw=size_hw, data=data, method="elsewhere"))
 
 
 class LogitsOf(nn.Module):

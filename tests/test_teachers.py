@@ -309,6 +309,7 @@ def test_a_network_from_elsewhere_is_exported_and_then_runs_as_any_other(tmp_pat
     expected = nn.functional.interpolate(logits, (64, 96), mode="bilinear")[0].argmax(dim=0)
     with open_backend(tmp_path / "teacher.onnx", device="cpu") as backend:
         assert backend.metadata.class_names == ["red", "green", "blue"]
+        assert backend.metadata.method == "elsewhere"
         assert (backend.infer(frame[None])[0] == expected.numpy()).mean() > 0.999
     result = call_script("train/evaluate.py", "teacher.onnx", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -63,6 +63,7 @@ def to_model_card(report: dict[str, Any]) -> str:
     origin = row["artifact_provenance"]
     unseen = [n for n, pixels in row["label_pixels"].items() if not pixels]
     weak = [n for n, iou in row["per_class_iou"].items() if n not in unseen and (iou or 0) < WEAK_IOU]
+    trained = "elsewhere" if row["method"] == "elsewhere" else f'with method "{row["method"]}"'
     headers, rows = tables.summary(report)
     height, width = row["image_size_hw"]
     limits = [
@@ -75,7 +76,7 @@ def to_model_card(report: dict[str, Any]) -> str:
     iou = [[n, percent(v)] for n, v in row["per_class_iou"].items()]
     return f"""# {name}
 
-A {row["role"]} network for semantic segmentation: {row["model"]}, {row["precision"]}, trained with method "{row["method"]}".
+A {row["role"]} network for semantic segmentation: {row["model"]}, {row["precision"]}, trained {trained}.
 
 - Takes: frames of {height}x{width} (HxW), uint8; normalisation is inside.
 - Gives: the class of every pixel, uint8; {len(iou)} classes.
