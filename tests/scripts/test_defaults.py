@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import TINY, call_script
 
-from aicsd_deploy.runs import newest_artifact
+from aicsd_deploy.runs import newest_artifact, newest_comparison
 
 ROW = {"path", "miou", "p50_ms", "p90_ms", "p99_ms", "fps", "per_class_iou", "runtime", "device"}
 
@@ -74,6 +74,20 @@ def test_the_newest_artefact_is_one_that_fits(
     assert newest_artifact() == Path("runs/student.int8.onnx")
     assert newest_artifact(fast=True) == newest_artifact(float_only=True) == Path("runs/student.onnx")
     assert capsys.readouterr().err.splitlines()[-1] == "No artefact is named: this takes runs/student.onnx"
+
+
+@pytest.mark.parametrize("name", ["hf:someone/segformer", "model_best.pth.tar"])
+def test_a_teacher_from_elsewhere_is_compared_once_it_is_exported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/s").mkdir(parents=True)
+    for file in ("runs/s/best.pt", "model_best.pth.tar"):
+        Path(file).touch()
+    summary = {"role": "student", "method": "kd", "teacher": {"path": name, "miou": 0.5}}
+    Path("runs/s/summary.json").write_text(json.dumps(summary))
+    assert newest_comparison() == [Path("runs/s/best.pt")]
+    assert f"export/to_onnx.py {name}" in capsys.readouterr().err
 
 
 def test_evaluate_writes_the_contract_and_agrees_with_training(trained: Path) -> None:
