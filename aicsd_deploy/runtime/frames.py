@@ -63,6 +63,7 @@ class Segmenter:
     def __init__(self, backend: Backend, *, fit: Fit = "stretch") -> None:
         self.backend, self.fit = backend, fit
         self._input = np.zeros((1, *backend.metadata.image_size_hw, 3), np.uint8)
+        self._last_spot = (0, 0, 0, 0)
 
     def __call__(self, frame_bgr: UInt8Array) -> UInt8Array:
         """Segment one frame.
@@ -110,6 +111,9 @@ class Segmenter:
 
     def _infer(self, image_bgr: UInt8Array, top: int = 0, left: int = 0) -> UInt8Array:
         height, width = image_bgr.shape[:2]
+        if (top, left, height, width) != self._last_spot:  # else the borders would show the frame before
+            self._input.fill(0)
+            self._last_spot = (top, left, height, width)
         spot = self._input[0, top : top + height, left : left + width]
         if self.backend.metadata.channel_order == "rgb":
             cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB, dst=spot)
