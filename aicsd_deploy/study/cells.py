@@ -39,12 +39,11 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     """
     if config.qat != "off" and config.init is None:
         raise InputError("A study with --qat needs --init STUDENT, so that every cell goes on with the same student.")
-    teacher = config.teacher if config.teacher is not None else "teacher"
-    for name in config.methods:  # before hours of training
-        config.cell(name, 0, teacher=teacher)
-    if config.teacher is None:
-        teacher = _own_teacher(config, out / "teacher")
+    own_teacher = str(out / "teacher" / BEST)
+    teacher = own_teacher if config.teacher is None else config.teacher
     planned = {(n, s): config.cell(n, s, teacher=teacher) for s in config.seeds for n in config.methods}
+    if config.teacher is None and any(settings.teacher == own_teacher for settings in planned.values()):
+        _train_own_teacher(config, out / "teacher")
     sha256_of = lru_cache(_sha256_of_teacher)  # most cells have the same
     teachers = {  # for all cells now, so that one that cannot be used is told at once
         cell: sha256_of(s.teacher, s.data, s.class_map, s.teacher_size)
@@ -61,7 +60,7 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     return [cells[name, seed] for name in config.methods for seed in config.seeds]
 
 
-def _own_teacher(config: StudyConfig, folder: Path) -> str:
+def _train_own_teacher(config: StudyConfig, folder: Path) -> None:
     """Train the study's teacher, unless that is done. Raise InputError where it was trained by another recipe."""
     wanted = validated(TrainConfig, settings_for_teacher(config) | config.teacher_recipe)
     summary = folder / "summary.json"
@@ -70,7 +69,6 @@ def _own_teacher(config: StudyConfig, folder: Path) -> str:
         check_same_run(settled(wanted, folder).model_dump(mode="json"), trained, folder=folder)
     else:
         train_teacher(wanted, folder, resume=True)
-    return str(folder / BEST)
 
 
 def _finished_cell(settings: DistillConfig, folder: Path, teacher_sha256: str | None) -> dict[str, Any] | None:
@@ -81,12 +79,9 @@ def _finished_cell(settings: DistillConfig, folder: Path, teacher_sha256: str | 
     ours = settings.model_dump(mode="json")
     theirs = DistillConfig().model_dump(mode="json") | cell["settings"]  # what an older version did not know was so
     lines = [f"  {text}" for name, text in changes(ours, theirs).items() if name not in FREE_TO_CHANGE]
-    if teacher_sha256 is not None and "teacher_sha256" in cell:  # cells of an older version do not say it
-        was, now = cell["teacher_sha256"], teacher_sha256
-        if was != now:
-            lines.append(
-                f"  teacher: was {cell['teacher']['path']} ({was[:12]}…), now {settings.teacher} ({now[:12]}…)"
-            )
+    was, now = cell.get("teacher_sha256"), teacher_sha256
+    if was is not None and now is not None and was != now:  # cells without a teacher, or of an older version, have none
+        lines.append(f"  teacher: was {cell['teacher']['path']} ({was[:12]}…), now {settings.teacher} ({now[:12]}…)")
     if lines:
         raise InputError(
             f"{folder} was run with other settings, and its score would not compare:\n"
