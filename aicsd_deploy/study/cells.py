@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aicsd_deploy.bench.footprint import peak_resident_bytes
 from aicsd_deploy.config import DistillConfig, TrainConfig, validated
 from aicsd_deploy.console import say
 from aicsd_deploy.data.spec import open_dataset
@@ -25,6 +23,7 @@ from aicsd_deploy.tracking import read_log
 from aicsd_deploy.training.last import BEST
 from aicsd_deploy.training.resume import FREE_TO_CHANGE, changes, check_same_run
 from aicsd_deploy.training.start import settled
+from aicsd_deploy.training.timing import peak_memory_gib
 
 CELL = "cell.json"
 
@@ -104,7 +103,7 @@ def _run_cell(settings: DistillConfig, name: str, folder: Path) -> dict[str, Any
         "best_miou": summary["miou"],
         "curve": [[line["epoch"], line["val"]["miou"]] for line in scored],
         "seconds": summary["seconds"],
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": round(1024 * peak_memory_gib(cuda=torch.cuda.is_available()), 1),
         "teacher": summary["teacher"],
         "teacher_sha256": summary["provenance"].get("teacher_sha256"),
         "parameters": summary["parameters"],
@@ -127,11 +126,3 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of this process starts anew
     except OSError:
         return
-
-
-def _peak_memory_mib() -> float:
-    """Return the peak since the last reset: of the GPU's memory where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    peak_bytes = peak_resident_bytes() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak_bytes / 2**20, 1)
