@@ -91,6 +91,8 @@ class ProtocolSegmenter:
         if self._takes_any_size:
             try:
                 return _at_its_size(self._module, image_BCHW.float())
+            except torch.OutOfMemoryError:  # says nothing about sizes that the network takes
+                raise
             except (RuntimeError, ValueError, AssertionError):
                 self._takes_any_size = False
         right, below = -width % STRIDE, -height % STRIDE

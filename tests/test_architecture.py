@@ -14,12 +14,12 @@ from helpers import REPO
 from aicsd_deploy.cli import SCRIPTS
 
 PACKAGE = REPO / "aicsd_deploy"
-TORCH_FREE = ("errors", "files", "metadata", "cli", "console", "runs", "metrics", "runtime.base", "runtime.frames", "runtime.ort_backend", "runtime.openvino_backend", "runtime.trt_backend", "video", "bench", "data.synthetic", "data.spec", "data.check", "evaluate", "export.verify")  # fmt: skip
+TORCH_FREE = ("errors", "files", "metadata", "memory", "cli", "console", "runs", "metrics", "runtime.base", "runtime.frames", "runtime.ort_backend", "runtime.openvino_backend", "runtime.trt_backend", "video", "bench", "data.synthetic", "data.spec", "data.check", "evaluate", "export.verify")  # fmt: skip
 TRAINING_PACKAGES = ("torch", "torchvision", "pydantic", "yaml", "rich", "onnx", "onnxscript", "matplotlib", "tensorboard", "timm", "segmentation_models_pytorch")  # fmt: skip
 # A layer may import those before it, not those after it. What stands together in a line may know each other.
 LAYERS = (
     ("errors",),
-    ("files", "metadata"),
+    ("files", "metadata", "memory"),
     ("console", "cli", "runs"),
     ("runtime.driver", "runtime.tensorrt_module", "runtime.engine_card", "runtime.device_memory"),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,6 +74,22 @@ def test_sizes_that_the_network_sees() -> None:
         labels = segmenter(frame())
         assert network.sizes == expected
         assert (labels == frame()[..., ::-1].argmax(axis=2)).all() or not protocol.native
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_size_that_the_network_refuses() -> None:
+    class Large(Brightest):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(images)
+            if len(self.sizes) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return logits
+
+    network = Large()
+    segmenter = ProtocolSegmenter(network, METADATA, Protocol(native=True), device=torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        segmenter(frame())
+    segmenter(frame())
+    assert network.sizes == [(50, 70), (50, 70)]
 
 
 def test_scales_and_mirror_are_averaged_as_probabilities() -> None:

@@ -16,6 +16,7 @@ from helpers import NETWORK_WITH_BACKBONE, call_script, write_folder_dataset
 
 from aicsd_deploy.config import DistillConfig
 from aicsd_deploy.data.spec import open_dataset
+from aicsd_deploy.errors import InputError
 from aicsd_deploy.study import cells as cells_module
 from aicsd_deploy.study.config import StudyConfig
 from aicsd_deploy.study.plots import TILE_WIDTH, draw_strip, strip_methods
@@ -224,6 +225,38 @@ def test_a_cell_counts_its_last_epoch_not_its_best(tmp_path: Path, monkeypatch: 
     assert (cell["miou"], cell["best_miou"], cell["per_class_iou"]) == (0.6, 0.7, {"a": 0.6})
     found = summarize(StudyConfig(methods=["none"]), [cell])["methods"]["none"]
     assert (found["miou_mean"], found["best_miou_mean"]) == (0.6, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("methods", "trained"),
+    [({"a": {"method": "none"}}, 0), ({"a": {"method": "kd", "teacher": "t.pt"}}, 0), ({"a": {"method": "kd"}}, 1)],
+)
+def test_a_teacher_is_trained_only_for_cells_that_use_it(
+    methods: dict[str, dict[str, Any]], trained: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+    monkeypatch.setattr(cells_module, "train_teacher", lambda settings, folder, *, resume: calls.append(folder))
+    monkeypatch.setattr(cells_module, "_sha256_of_teacher", lambda *_: "1" * 64)
+    monkeypatch.setattr(cells_module, "_run_cell", lambda settings, name, folder: {})
+    cells_module.run_study(StudyConfig(methods=list(methods), variants=methods), tmp_path)
+    assert calls == [tmp_path / "teacher"] * trained
+
+
+def write_cell(folder: Path, settings: DistillConfig, **content: Any) -> None:
+    folder.mkdir()
+    (folder / "cell.json").write_text(json.dumps({"settings": settings.model_dump(mode="json"), **content}))
+
+
+def test_a_variant_that_had_no_teacher_and_now_has_one_is_another_cell(tmp_path: Path) -> None:
+    write_cell(tmp_path / "a", DistillConfig(method="none"), teacher=None, teacher_sha256=None)
+    with pytest.raises(InputError, match="method: was 'none', now 'kd'"):
+        cells_module._finished_cell(DistillConfig(method="kd", teacher="t.pt"), tmp_path / "a", "1" * 64)
+
+
+def test_a_cell_of_an_older_version_that_did_not_hash_its_teacher_still_counts(tmp_path: Path) -> None:
+    settings = DistillConfig(method="kd", teacher="t.pt")
+    write_cell(tmp_path / "a", settings, teacher={"path": "t.pt", "miou": 0.5})
+    assert cells_module._finished_cell(settings, tmp_path / "a", "1" * 64) is not None
 
 
 def test_the_gap_ends_at_the_teacher_as_the_method_shows_it(studied: Path) -> None:

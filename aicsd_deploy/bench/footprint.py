@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aicsd_deploy.memory import peak_resident_bytes
 from aicsd_deploy.runtime.base import open_backend
 
 
@@ -79,18 +80,6 @@ def _take_up(path: Path, device: str, threads: int | None, memory: str) -> Footp
         backend.infer(frame)
     peak_bytes = peak_resident_bytes()
     return Footprint(None if peak_bytes is None else peak_bytes / 1e6, start_s)
-
-
-def peak_resident_bytes() -> int | None:
-    """Return the peak of this process's resident set; None where the system does not tell.
-
-    Not from getrusage, whose figure a process inherits from its parent on Linux.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), None)
 
 
 if __name__ == "__main__":

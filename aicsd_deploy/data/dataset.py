@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -154,7 +155,9 @@ class Subset(SegmentationDataset):
 
 
 class CachedDataset(SegmentationDataset):
-    """Keeps what it has once loaded in memory, up to a limit; past it, images are read anew each time."""
+    """Keeps what it has once loaded in memory, up to a limit; past it, images are read anew each time. Threads may share it."""
+
+    _lock = Lock()  # of the class, since a data set is pickled where workers cannot be forked
 
     def __init__(self, dataset: SegmentationDataset, *, limit_bytes: int = 2 * 2**30) -> None:
         self.dataset = dataset
@@ -181,9 +184,10 @@ class CachedDataset(SegmentationDataset):
         if pair is None:
             pair = self.dataset.load(index)
             size = pair[0].nbytes + pair[1].nbytes
-            if self.kept_bytes + size <= self._limit_bytes:
-                self.kept_bytes += size
-                self._kept[index] = pair
+            with self._lock:
+                if index not in self._kept and self.kept_bytes + size <= self._limit_bytes:
+                    self.kept_bytes += size
+                    self._kept[index] = pair
         return pair
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +129,8 @@ def training_batches(
         _Augmented(dataset, augmentation, seed),
         batch_sampler=_StepSampler(len(dataset), batch_size, seed, start_step, total_steps, share),
         num_workers=workers,
+        # Forked workers share the images that are kept in memory; Python 3.14 would copy them to each. Elsewhere fork is unsafe.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=_leave_signals_to_the_parent,
         prefetch_factor=4 if workers else None,
         collate_fn=_collate,

@@ -85,14 +85,15 @@ def fuse_batch_norm(network: nn.Module) -> None:
     """Fold every batch normalisation that directly follows a convolution into it, in place.
 
     The exporter does so only for some graphs; folding here makes the file independent of that. Convolutions that compute their
-    weight (weight or spectral normalisation) and batch normalisations that keep no statistics are left to it.
+    weight (weight or spectral normalisation), batch normalisations that keep no statistics and subclasses of both, which may do
+    more, are left to it.
     """
     for module in network.modules():
         if not isinstance(module, nn.Sequential):
             continue
         children = list(module.named_children())
         for (name, first), (next_name, second) in pairwise(children):
-            if not isinstance(first, nn.Conv2d) or not isinstance(second, nn.BatchNorm2d):
+            if type(first) is not nn.Conv2d or type(second) is not nn.BatchNorm2d:
                 continue
             if "weight" in dict(first.named_parameters(recurse=False)) and second.running_mean is not None:
                 setattr(module, name, fuse_conv_bn_eval(first, second))

@@ -39,6 +39,13 @@ def resize_labels(labels_HW: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array
     return np.asarray(cv2.resize(labels_HW, size_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT), dtype=np.uint8)
 
 
+def centred(image_hw: tuple[int, int], size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return top, left, height and width that a picture gets within `size_hw` where it is as large as fits, its shape kept."""
+    scale = min(size_hw[0] / image_hw[0], size_hw[1] / image_hw[1])
+    height, width = max(1, round(image_hw[0] * scale)), max(1, round(image_hw[1] * scale))
+    return (size_hw[0] - height) // 2, (size_hw[1] - width) // 2, height, width
+
+
 def as_input(frame_bgr: UInt8Array, metadata: Metadata) -> UInt8Array:
     """Return a frame, uint8 (H, W, 3) as OpenCV gives it, as an artefact takes it: uint8 (1, h, w, 3) in its channel order."""
     frame = resize_image(frame_bgr, metadata.image_size_hw)
@@ -63,6 +70,7 @@ class Segmenter:
     def __init__(self, backend: Backend, *, fit: Fit = "stretch") -> None:
         self.backend, self.fit = backend, fit
         self._input = np.zeros((1, *backend.metadata.image_size_hw, 3), np.uint8)
+        self._last_spot = (0, 0, 0, 0)
 
     def __call__(self, frame_bgr: UInt8Array) -> UInt8Array:
         """Segment one frame.
@@ -101,15 +109,13 @@ class Segmenter:
 
     def _placed(self, frame_hw: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return top, left, height and width of the frame within the network's input."""
-        height, width = self._network_hw
-        if self.fit != "pad":
-            return 0, 0, height, width
-        scale = min(height / frame_hw[0], width / frame_hw[1])
-        inner_h, inner_w = max(1, round(frame_hw[0] * scale)), max(1, round(frame_hw[1] * scale))
-        return (height - inner_h) // 2, (width - inner_w) // 2, inner_h, inner_w
+        return centred(frame_hw, self._network_hw) if self.fit == "pad" else (0, 0, *self._network_hw)
 
     def _infer(self, image_bgr: UInt8Array, top: int = 0, left: int = 0) -> UInt8Array:
         height, width = image_bgr.shape[:2]
+        if (top, left, height, width) != self._last_spot:  # else the borders would show the frame before
+            self._input.fill(0)
+            self._last_spot = (top, left, height, width)
         spot = self._input[0, top : top + height, left : left + width]
         if self.backend.metadata.channel_order == "rgb":
             cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB, dst=spot)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.errors import InputError, MissingDependencyError
@@ -69,7 +69,7 @@ class TorchBackend(Backend):
         self.check_frames(frames_NHWC)
         try:
             with torch.inference_mode():
-                labels_NHW = self._module(torch.from_numpy(frames_NHWC).to(self._device))
+                labels_NHW = self._module(self._upload(frames_NHWC))
                 return np.asarray(labels_NHW.cpu().numpy(), dtype=np.uint8)
         except RuntimeError as error:
             # segmentation_models_pytorch and others say so when a size does not fit their strides
@@ -85,7 +85,7 @@ class TorchBackend(Backend):
     def _stages_once(self, frames_NHWC: UInt8Array) -> dict[str, float]:
         marks: list[Any] = [self._mark()]
         with torch.inference_mode():
-            frames = torch.from_numpy(frames_NHWC).to(self._device)
+            frames = self._upload(frames_NHWC)
             marks.append(self._mark())
             images_BCHW = self._module.before(frames)
             marks.append(self._mark())
@@ -99,6 +99,10 @@ class TorchBackend(Backend):
             torch.cuda.synchronize(self._device)
             return {name: a.elapsed_time(b) for name, (a, b) in zip(STAGES, pairwise(marks), strict=True)}
         return {name: 1000 * (b - a) for name, (a, b) in zip(STAGES, pairwise(marks), strict=True)}
+
+    def _upload(self, frames_NHWC: UInt8Array) -> Tensor:
+        # PyTorch takes no negative strides, as frames that are mirrored or turned from RGB to BGR by slicing have.
+        return torch.from_numpy(np.ascontiguousarray(frames_NHWC)).to(self._device)
 
     def _mark(self) -> Any:
         """Note the present moment: a CUDA event in the stream of work, or the host's clock."""

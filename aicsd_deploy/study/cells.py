@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aicsd_deploy.bench.footprint import peak_resident_bytes
 from aicsd_deploy.config import DistillConfig, TrainConfig, validated
 from aicsd_deploy.console import say
 from aicsd_deploy.data.spec import open_dataset
@@ -25,6 +23,7 @@ from aicsd_deploy.tracking import read_log
 from aicsd_deploy.training.last import BEST
 from aicsd_deploy.training.resume import FREE_TO_CHANGE, changes, check_same_run
 from aicsd_deploy.training.start import settled
+from aicsd_deploy.training.timing import peak_memory_gib
 
 CELL = "cell.json"
 
@@ -39,12 +38,11 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     """
     if config.qat != "off" and config.init is None:
         raise InputError("A study with --qat needs --init STUDENT, so that every cell goes on with the same student.")
-    teacher = config.teacher if config.teacher is not None else "teacher"
-    for name in config.methods:  # before hours of training
-        config.cell(name, 0, teacher=teacher)
-    if config.teacher is None:
-        teacher = _own_teacher(config, out / "teacher")
+    own_teacher = str(out / "teacher" / BEST)
+    teacher = own_teacher if config.teacher is None else config.teacher
     planned = {(n, s): config.cell(n, s, teacher=teacher) for s in config.seeds for n in config.methods}
+    if config.teacher is None and any(settings.teacher == own_teacher for settings in planned.values()):
+        _train_own_teacher(config, out / "teacher")
     sha256_of = lru_cache(_sha256_of_teacher)  # most cells have the same
     teachers = {  # for all cells now, so that one that cannot be used is told at once
         cell: sha256_of(s.teacher, s.data, s.class_map, s.teacher_size)
@@ -61,7 +59,7 @@ def run_study(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
     return [cells[name, seed] for name in config.methods for seed in config.seeds]
 
 
-def _own_teacher(config: StudyConfig, folder: Path) -> str:
+def _train_own_teacher(config: StudyConfig, folder: Path) -> None:
     """Train the study's teacher, unless that is done. Raise InputError where it was trained by another recipe."""
     wanted = validated(TrainConfig, settings_for_teacher(config) | config.teacher_recipe)
     summary = folder / "summary.json"
@@ -70,7 +68,6 @@ def _own_teacher(config: StudyConfig, folder: Path) -> str:
         check_same_run(settled(wanted, folder).model_dump(mode="json"), trained, folder=folder)
     else:
         train_teacher(wanted, folder, resume=True)
-    return str(folder / BEST)
 
 
 def _finished_cell(settings: DistillConfig, folder: Path, teacher_sha256: str | None) -> dict[str, Any] | None:
@@ -81,12 +78,9 @@ def _finished_cell(settings: DistillConfig, folder: Path, teacher_sha256: str | 
     ours = settings.model_dump(mode="json")
     theirs = DistillConfig().model_dump(mode="json") | cell["settings"]  # what an older version did not know was so
     lines = [f"  {text}" for name, text in changes(ours, theirs).items() if name not in FREE_TO_CHANGE]
-    if teacher_sha256 is not None and "teacher_sha256" in cell:  # cells of an older version do not say it
-        was, now = cell["teacher_sha256"], teacher_sha256
-        if was != now:
-            lines.append(
-                f"  teacher: was {cell['teacher']['path']} ({was[:12]}…), now {settings.teacher} ({now[:12]}…)"
-            )
+    was, now = cell.get("teacher_sha256"), teacher_sha256
+    if was is not None and now is not None and was != now:  # cells without a teacher, or of an older version, have none
+        lines.append(f"  teacher: was {cell['teacher']['path']} ({was[:12]}…), now {settings.teacher} ({now[:12]}…)")
     if lines:
         raise InputError(
             f"{folder} was run with other settings, and its score would not compare:\n"
@@ -109,7 +103,7 @@ def _run_cell(settings: DistillConfig, name: str, folder: Path) -> dict[str, Any
         "best_miou": summary["miou"],
         "curve": [[line["epoch"], line["val"]["miou"]] for line in scored],
         "seconds": summary["seconds"],
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": round(1024 * peak_memory_gib(cuda=torch.cuda.is_available()), 1),
         "teacher": summary["teacher"],
         "teacher_sha256": summary["provenance"].get("teacher_sha256"),
         "parameters": summary["parameters"],
@@ -132,11 +126,3 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of this process starts anew
     except OSError:
         return
-
-
-def _peak_memory_mib() -> float:
-    """Return the peak since the last reset: of the GPU's memory where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    peak_bytes = peak_resident_bytes() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak_bytes / 2**20, 1)

@@ -90,8 +90,9 @@ class TrainStep:
                 torch.stack([breakdown.total.detach(), *(t.detach().float() for t in breakdown.terms.values())])
             )
         with phase("optimizer"):
+            # Those of the student are averaged as they come. All before unscaling, where each process looks for an overflow.
+            distributed.average_gradients(self.loss.state)
             self.scaler.unscale_(self.optimizer)
-            distributed.average_gradients(self.loss.state)  # those of the student are averaged as they come
             trained = [*self.network.parameters(), *self.loss.state.parameters()]
             gradient = nn.utils.clip_grad_norm_(trained, config.clip_norm)
             row = self._over_processes(torch.stack(rows).mean(dim=0), stop=stop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from aicsd_deploy.files import atomic_path
+from aicsd_deploy.memory import peak_resident_bytes
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ def peak_memory_gib(*, cuda: bool) -> float:
     """Return the most memory that was in use so far: tensors on the GPU, or the whole process on the CPU."""
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    return (peak_resident_bytes() or 0) / 2**30
 
 
 @contextmanager

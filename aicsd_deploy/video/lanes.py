@@ -101,15 +101,18 @@ class Lane:
             yield item
 
     def newer(self, item: Any, *, within_s: float) -> Any:
-        """Return what comes next, or `item` if nothing comes within the time."""
-        try:
-            found = self._queue.get(timeout=within_s)
-        except queue.Empty:
-            return item
-        if found is _END:
+        """Return what comes next, or `item` if nothing comes within the time or before all must stop."""
+        end_s = time.monotonic() + within_s
+        while not self._stop.is_set and (left_s := end_s - time.monotonic()) > 0:
+            try:
+                found = self._queue.get(timeout=min(left_s, _POLL_S))
+            except queue.Empty:
+                continue
+            if found is not _END:
+                return found
             self.put_end()
-            return item
-        return found
+            break
+        return item
 
     def _put(self, item: Any) -> bool:
         while not self._stop.is_set:

@@ -50,8 +50,12 @@ def _cpu_ticks() -> tuple[int, int] | None:
 
 def _gpu_percent() -> float | None:
     for path in _JETSON:
-        if path.exists():
+        try:
             return int(path.read_text()) / 10
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return None
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]

@@ -22,7 +22,7 @@ import numpy as np
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.files import existing_file
 from aicsd_deploy.runtime.base import UInt8Array
-from aicsd_deploy.runtime.frames import resize_image
+from aicsd_deploy.runtime.frames import centred, resize_image
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -264,14 +264,12 @@ def _first_camera() -> Source | None:
 
 def fit(image_bgr: UInt8Array, size_hw: tuple[int, int]) -> UInt8Array:
     """Return the picture scaled into `size_hw`, its shape kept, centred on black; itself if it has that size."""
-    height, width = image_bgr.shape[:2]
-    if (height, width) == size_hw:
+    image_hw = (image_bgr.shape[0], image_bgr.shape[1])
+    if image_hw == size_hw:
         return image_bgr
-    scale = min(size_hw[0] / height, size_hw[1] / width)
-    inner_hw = (max(1, round(height * scale)), max(1, round(width * scale)))
-    top, left = (size_hw[0] - inner_hw[0]) // 2, (size_hw[1] - inner_hw[1]) // 2
+    top, left, height, width = centred(image_hw, size_hw)
     canvas = np.zeros((*size_hw, 3), np.uint8)
-    canvas[top : top + inner_hw[0], left : left + inner_hw[1]] = resize_image(image_bgr, inner_hw)
+    canvas[top : top + height, left : left + width] = resize_image(image_bgr, (height, width))
     return canvas
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import cv2
 import numpy as np
@@ -334,6 +336,16 @@ def test_cache_loads_each_image_once_and_stops_at_its_limit(folder_data: Path) -
         for index in range(3):
             assert (cached.load(index)[1] == original(index)[1]).all()
     assert loads == [0, 1, 2, 2]
+
+
+def test_an_image_that_two_threads_load_at_once_counts_once_in_the_cache(folder_data: Path) -> None:
+    inner = open_dataset(f"folder:{folder_data}", "train")
+    original, both = inner.load, Barrier(2, timeout=20)
+    inner.load = lambda index: (both.wait(), original(index))[1]  # type: ignore[method-assign]
+    cached = CachedDataset(inner)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(cached.load, [0, 0]))
+    assert cached.kept_bytes == sum(array.nbytes for array in original(0))
 
 
 def test_classes_file_is_read_with_names_of_several_words(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_every_epoch_shows_every_picture_once_in_another_order() -> None:
     assert len({tuple(seen[:8]), tuple(seen[8:]), tuple(range(8))}) == 3
 
 
-def drawn(dataset: SegmentationDataset, augmentation: Augmentation) -> torch.Tensor:
+def drawn(dataset: SegmentationDataset, augmentation: Augmentation, *, workers: int = 0) -> torch.Tensor:
     """Return the pictures of two epochs, in the order in which training sees them."""
     loader = training_batches(
         dataset,
@@ -109,7 +110,7 @@ def drawn(dataset: SegmentationDataset, augmentation: Augmentation) -> torch.Ten
         seed=0,
         start_step=0,
         total_steps=4,
-        workers=0,
+        workers=workers,
         device=torch.device("cpu"),
     )
     return torch.cat([batch.images_BCHW for batch in loader])
@@ -132,6 +133,20 @@ def test_a_worker_that_is_stuck_does_not_outlive_its_loader(folder_data: Path, m
     assert set(multiprocessing.active_children()) > before
     loader.close()
     assert set(multiprocessing.active_children()) <= before, "Python would wait for it when it ends"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is safe on Linux only")
+def test_workers_share_what_is_in_memory_whatever_python_starts_processes_by() -> None:
+    class Copied(Alike):
+        def __reduce__(self) -> str:
+            raise AssertionError("a worker gets a copy")
+
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert len(drawn(Copied(numbered=True), Augmentation((32, 40)), workers=1)) == 16
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
 
 
 def test_shapes_types_and_the_global_generator(folder_data: Path) -> None:

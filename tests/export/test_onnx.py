@@ -92,6 +92,34 @@ def test_batch_norm_folding_keeps_the_values() -> None:
     assert not [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
+class Standardised(nn.Conv2d):
+    """As timm's StdConv2d: the weight is standardised on its way."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.weight / self.weight.std(dim=(1, 2, 3), keepdim=True), self.bias)
+
+
+class Activated(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: the activation is part of it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize(("convolution", "normalisation"), [(Standardised, nn.BatchNorm2d), (nn.Conv2d, Activated)])
+def test_subclasses_that_do_more_are_not_folded(
+    convolution: type[nn.Conv2d], normalisation: type[nn.BatchNorm2d]
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(convolution(3, 4, 3), normalisation(4)).eval()
+    torch.nn.init.normal_(network[1].weight)
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        before = network(x)
+        fuse_batch_norm(network)
+        torch.testing.assert_close(network(x), before)
+
+
 def normalised_otherwise(num_classes: int) -> nn.Module:
     """Convolutions that compute their weight, in the new way and the old one, and statistics of the batch at hand."""
     return nn.Sequential(

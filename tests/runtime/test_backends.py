@@ -149,6 +149,15 @@ def test_bound_input_and_output_give_the_same_labels(trained: Path) -> None:
     assert not np.array_equal(found[0], found[1]), "labels are the caller's own, and follow the frames"
 
 
+@pytest.mark.parametrize("name", ["best.pt", "student.onnx"])
+def test_frames_may_be_turned_by_slicing(trained: Path, name: str) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (1, *SIZE_HW, 3), dtype=np.uint8)
+    with open_backend(trained / "runs/student" / name, device="cpu") as backend:
+        turned = frames[..., ::-1]
+        np.testing.assert_array_equal(backend.infer(turned), backend.infer(turned.copy()))
+        backend.time_stages([turned, turned])
+
+
 def test_between_frames_a_session_leaves_the_cores_to_others(trained: Path) -> None:
     with open_backend(trained / "runs/student/student.onnx", device="cpu", threads=2) as backend:
         spent_s = []

@@ -66,6 +66,16 @@ def test_padding_keeps_the_aspect_and_puts_the_frame_in_the_middle(
     assert segmenter.describe(size_hw)["resized_hw"] == [rows.stop - rows.start, columns.stop - columns.start]
 
 
+def test_borders_are_black_after_a_frame_of_another_shape() -> None:
+    backend = RedValue((32, 32))
+    segmenter = Segmenter(backend, fit="pad")
+    segmenter(np.full((64, 32, 3), 200, np.uint8))
+    segmenter(np.full((32, 64, 3), 200, np.uint8))
+    expected = np.zeros((1, 32, 32, 3), np.uint8)
+    expected[:, 8:24] = 200
+    np.testing.assert_array_equal(backend.inputs[1], expected)
+
+
 def test_tiles_are_at_full_resolution_and_leave_no_seam() -> None:
     image = np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8)
     backend = RedValue((32, 48))

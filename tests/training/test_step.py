@@ -14,6 +14,7 @@ from torch import nn
 from aicsd_deploy.config import DistillConfig, MethodConfig
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, LossBreakdown
+from aicsd_deploy.training import distributed
 from aicsd_deploy.training.fake_quant import imitate_int8
 from aicsd_deploy.training.guard import StepGuard
 from aicsd_deploy.training.optimizer import build_optimizer, lr_share
@@ -200,6 +201,18 @@ def test_a_gradient_beyond_float16_is_left_out_and_nothing_is_broken() -> None:
         guard.before()
         assert guard.judge(len(broken), values, scaled=scaled) == 1
         assert [step.step for step in guard.broken_steps()] == broken
+
+
+def test_an_overflow_of_another_process_halves_the_scale_in_this_one_too(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network(0)
+    taker = step_of(network, precision="fp16")
+    taker(batch, step=0, total=9, logs=False)
+    before = taker.scaler.get_scale()
+    monkeypatch.setattr(distributed, "average_gradients", lambda _: network.layers[3].weight.grad.fill_(torch.inf))
+    taker(batch, step=1, total=9, logs=False)
+    assert taker.scaler.get_scale() == before / 2
 
 
 def test_the_backbone_learns_more_slowly_and_biases_do_not_decay() -> None:

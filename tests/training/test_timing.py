@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, call_script
+from helpers import REPO, TINY, call_script
 
 from aicsd_deploy.training import timing
 from aicsd_deploy.training.timing import StepClock
@@ -42,6 +44,16 @@ def test_phases_and_waiting_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch) 
     for _ in clock.waiting_for(batches()):  # type: ignore[arg-type]
         now += 1.0
     assert clock.read(batch_size=8, steps_left=0)["speed"]["images_per_s"] == 4.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is inherited on Linux")
+def test_the_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
+    child = "from aicsd_deploy.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    parent = (
+        f"large = b'1' * 2**28; import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    answer = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, cwd=REPO)
+    assert 2**22 < int(answer.stdout) < 2**27
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,13 @@ def test_a_first_frame_that_has_waited_for_the_network_makes_room_too() -> None:
     assert [frame.index for frame in within(20, lambda: list(_fresh(lane, Fraction(1, 10))))] == [1, 2]
 
 
+def test_waiting_for_a_newer_frame_ends_when_all_must_stop() -> None:
+    stop = Stop()
+    lane = Lane(stop, 9, newest=False)
+    threading.Timer(0.3, stop.set).start()
+    assert within(5, lambda: lane.newer("this one", within_s=30)) == "this one"
+
+
 def test_a_lost_source_is_told_in_the_result() -> None:
     class Nothing(Sink):
         name = "nothing"

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -19,6 +20,7 @@ import pytest
 from video_helpers import CLASSES, Numbered, Threshold
 
 from aicsd_deploy.errors import InputError
+from aicsd_deploy.video import load
 from aicsd_deploy.video.overlay import Overlay
 from aicsd_deploy.video.pipeline import process_video
 from aicsd_deploy.video.preview import MAX_WIDTH, PreviewSink, _Handler
@@ -293,3 +295,15 @@ def test_a_page_asks_no_more_once_something_else_answers(
     browser.open(sink.url)
     until(lambda: browser.run("return document.getElementById('state').textContent") == "the program has ended")
     assert len(asked) == 1
+
+
+def test_a_load_that_a_jetson_does_not_tell_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "load"
+    monkeypatch.setattr(load, "_JETSON", (tmp_path / "missing", file))
+    file.write_text("473\n")
+    assert load._gpu_percent() == 47.3
+    file.write_text("")
+    assert load._gpu_percent() is None
+    file.unlink()
+    file.mkdir()  # cannot be read
+    assert load._gpu_percent() is None
