@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aicsd_deploy.errors import InputError, first_line
-from aicsd_deploy.export.deploy_module import Normalize
 from aicsd_deploy.metadata import Metadata
+from aicsd_deploy.models.deploy import Normalize
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.runtime.frames import resize_image
 

@@ -21,10 +21,10 @@ from aicsd_deploy.data.transforms import derived_seed
 from aicsd_deploy.distiller import Distiller
 from aicsd_deploy.errors import InputError, first_line
 from aicsd_deploy.evaluate import evaluate
-from aicsd_deploy.export.deploy_module import Normalize
 from aicsd_deploy.files import check_writable, sha256, write_json
 from aicsd_deploy.metadata import Metadata, provenance
 from aicsd_deploy.models import build_model
+from aicsd_deploy.models.deploy import Normalize
 from aicsd_deploy.runs import newest_checkpoint
 from aicsd_deploy.runtime.frames import scaled
 from aicsd_deploy.runtime.torch_backend import TorchBackend, choose_device

@@ -24,10 +24,10 @@ from aicsd_deploy.config import DistillConfig, MethodConfig
 from aicsd_deploy.console import say, table
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.distiller import Distiller, cross_entropy
-from aicsd_deploy.export.deploy_module import Normalize
 from aicsd_deploy.losses.pixel_kd import pixel_kd_loss
 from aicsd_deploy.metadata import Metadata, SegClass
 from aicsd_deploy.models import build_model
+from aicsd_deploy.models.deploy import Normalize
 from aicsd_deploy.runtime.torch_backend import choose_device
 from aicsd_deploy.training.precision import autocast_dtype, lowered
 from aicsd_deploy.training.step import TrainStep

@@ -20,10 +20,10 @@ from torch import nn
 
 from aicsd_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from aicsd_deploy.data.spec import open_dataset
-from aicsd_deploy.export.deploy_module import Normalize
 from aicsd_deploy.export.verify import frames_for_comparison
 from aicsd_deploy.metadata import Metadata, SegClass
 from aicsd_deploy.models import build_model
+from aicsd_deploy.models.deploy import Normalize
 from aicsd_deploy.runtime.frames import resize_image
 
 REPO = Path(__file__).parents[1]

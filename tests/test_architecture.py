@@ -48,7 +48,7 @@ LAYERS = (
     ("data.transforms", "data.loader", "video"),
     ("checkpoint", "data.check", "training.distributed", "training.timing"),
     ("teachers",),
-    ("features", "distiller", "export.deploy_module"),
+    ("features", "distiller"),
     ("runtime.torch_backend", "export.tensorrt_build", "export.precision", "export.ranges", "export.engine_checks"),
     (
         "evaluate",

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aicsd_deploy.errors import InputError, first_line
-from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import ONNX_KEY, Metadata
+from aicsd_deploy.models.deploy import DeployModule
 
 OPSET = 18
 """Read by TensorRT 10 and 11 and by every ONNX Runtime since 1.15."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.errors import InputError, MissingDependencyError
-from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.metadata import Metadata
+from aicsd_deploy.models.deploy import DeployModule
 from aicsd_deploy.runtime.base import STAGES, Backend, UInt8Array, median_stages
 from aicsd_deploy.runtime.driver import gpu_index
 

@@ -16,11 +16,11 @@ from torchvision.ops import DeformConv2d
 from aicsd_deploy.checkpoint import Checkpoint
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, VerificationError
-from aicsd_deploy.export.deploy_module import DeployModule, Normalize
 from aicsd_deploy.export.onnx_export import OPSET, export_onnx, fuse_batch_norm
 from aicsd_deploy.export.verify import Agreement, compare, frames_for_comparison, require_agreement
 from aicsd_deploy.metadata import Metadata
 from aicsd_deploy.models import build_model
+from aicsd_deploy.models.deploy import DeployModule, Normalize
 from aicsd_deploy.runtime.base import open_backend
 from aicsd_deploy.runtime.frames import resize_image
 from aicsd_deploy.runtime.torch_backend import TorchBackend
@@ -267,10 +267,10 @@ def test_a_failed_gate_leaves_no_file_and_exit_code_3(trained: Path, tmp_path: P
     program = tmp_path / "broken_export.py"
     program.write_text(
         "import runpy, sys\n"
-        "from aicsd_deploy.export import deploy_module\n"
-        "good = deploy_module.DeployModule.forward\n"
+        "from aicsd_deploy.models import deploy\n"
+        "good = deploy.DeployModule.forward\n"
         "import aicsd_deploy.export.onnx_export as e\n"
-        "class Broken(deploy_module.DeployModule):\n"
+        "class Broken(deploy.DeployModule):\n"
         "    def forward(self, frames_NHWC):\n"
         "        return 2 - good(self, frames_NHWC)\n"
         "e.DeployModule = Broken\n"

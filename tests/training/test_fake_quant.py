@@ -15,10 +15,10 @@ from torch import nn
 
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.data.spec import open_dataset
-from aicsd_deploy.export.deploy_module import DeployModule
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.quantize import Quantizer
 from aicsd_deploy.export.verify import compare, frames_for_comparison
+from aicsd_deploy.models.deploy import DeployModule
 from aicsd_deploy.runtime.frames import as_input, resize_image
 from aicsd_deploy.runtime.ort_backend import OrtBackend
 from aicsd_deploy.runtime.torch_backend import TorchBackend

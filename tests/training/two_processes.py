@@ -19,8 +19,8 @@ from aicsd_deploy.config import MethodConfig, TrainConfig
 from aicsd_deploy.data.loader import Batch
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.distiller import Distiller
-from aicsd_deploy.export.deploy_module import Normalize
 from aicsd_deploy.metadata import Metadata, SegClass
+from aicsd_deploy.models.deploy import Normalize
 from aicsd_deploy.runtime.torch_backend import TorchBackend
 from aicsd_deploy.training import distributed
 from aicsd_deploy.training.validation import evaluate_together
