@@ -172,6 +172,10 @@ CASES = {
     "to_onnx, missing": ("export/to_onnx.py {t}/none.pt -o {o}.onnx", "none.pt"),
     "to_onnx, text": ("export/to_onnx.py {t}/text.pt -o {o}.onnx", "text.pt"),
     "to_onnx, wrong suffix": ("export/to_onnx.py " + CKPT + " -o {o}.txt", ".onnx"),
+    "to_onnx, a map of what is known": (
+        "export/to_onnx.py " + CKPT + " -o {o}.onnx --class-map {t}/text.pt",
+        "has its classes",
+    ),
     "to_onnx, bad size": ("export/to_onnx.py " + CKPT + " -o {o}.onnx --image-size 1x1", "1x1"),
     "to_trt, missing": ("export/to_trt.py {t}/none.onnx --fp16 -o {o}.plan", "none.onnx"),
     "to_trt, cut": ("export/to_trt.py {t}/cut.onnx --fp16 -o {o}.plan", "cut.onnx"),
