@@ -16,6 +16,8 @@ class Advance(Protocol):
     def __call__(self, note: str = "") -> None: ...
 
 
+_LINE_EVERY_S = 10.0
+"""Where there is no terminal for a bar, progress is told this often."""
 _silent = False
 
 
@@ -103,7 +105,7 @@ def _rich_bar() -> Any:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _line_printer(description: str, total: int | None, done: int, every_s: float = 10.0) -> Advance:
+def _line_printer(description: str, total: int | None, done: int) -> Advance:
     before = done
     start = last = time.monotonic()
 
@@ -111,7 +113,7 @@ def _line_printer(description: str, total: int | None, done: int, every_s: float
         nonlocal done, last
         done += 1
         now = time.monotonic()
-        if now - last < every_s and done != total:
+        if now - last < _LINE_EVERY_S and done != total:
             return
         last = now
         left = "" if total is None else f", {(now - start) / (done - before) * (total - done):.0f} s left"

@@ -231,7 +231,7 @@ class Trainer:
 
     def _validation_is_due(self) -> bool:
         epoch, rest = divmod(self._at.step, self._per_epoch)
-        due = rest == 0 and epoch > 0 and (epoch % self.config.val_every == 0 or self._at.step == self._total)
+        due = rest == 0 and (epoch % self.config.val_every == 0 or self._at.step == self._total)
         return due and self._at.validated < self._at.step
 
     def _validate(self) -> None:

@@ -100,6 +100,11 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_elsewhere_is_reported_with_the_file_that_the_system_names(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: 'elsewhere'"), atomic_path(tmp_path / "x.plan"):
+        raise OSError(errno.ENOSPC, "No space left on device", "elsewhere")
+
+
 def test_a_picture_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)

@@ -76,6 +76,18 @@ def test_sizes_that_the_network_sees() -> None:
         assert (labels == frame()[..., ::-1].argmax(axis=2)).all() or not protocol.native
 
 
+def test_what_is_padded_is_grey() -> None:
+    class Last(Choosy):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.images = images
+            return super().forward(images)
+
+    network = Last()
+    ProtocolSegmenter(network, METADATA, Protocol(native=True), device=torch.device("cpu"))(frame())
+    padded = torch.cat([network.images[..., 50:, :].flatten(), network.images[..., 70:].flatten()])
+    torch.testing.assert_close(padded, torch.full_like(padded, 114 / 255))
+
+
 def test_a_lack_of_memory_is_not_taken_for_a_size_that_the_network_refuses() -> None:
     class Large(Brightest):
         def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -242,6 +242,26 @@ def test_a_teacher_is_trained_only_for_cells_that_use_it(
     assert calls == [tmp_path / "teacher"] * trained
 
 
+def test_every_method_has_its_cell_of_a_seed_before_the_next_seed_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[int, str]] = []
+    monkeypatch.setattr(cells_module, "_sha256_of_teacher", lambda *_: "1" * 64)
+    monkeypatch.setattr(
+        cells_module, "_run_cell", lambda settings, name, folder: ran.append((settings.seed, name)) or {"name": name}
+    )
+    study = StudyConfig(methods=["none", "kd"], seeds=[3, 1], teacher="t.pt")
+    found = cells_module.run_study(study, tmp_path)
+    assert ran == [(3, "none"), (3, "kd"), (1, "none"), (1, "kd")]
+    assert [cell["name"] for cell in found] == ["none", "none", "kd", "kd"]
+
+
+def test_what_a_study_is_not_given_its_cells_are_not_given_either() -> None:
+    cell = StudyConfig(qat="cpu", init=Path("student.pt"), epochs=3).cell("kd", 0, teacher="t.pt")
+    assert "epochs" in cell.model_fields_set
+    assert not {"lr", "model"} & cell.model_fields_set, "which follow from --qat and --init"
+
+
 def write_cell(folder: Path, settings: DistillConfig, **content: Any) -> None:
     folder.mkdir()
     (folder / "cell.json").write_text(json.dumps({"settings": settings.model_dump(mode="json"), **content}))
@@ -257,6 +277,17 @@ def test_a_cell_of_an_older_version_that_did_not_hash_its_teacher_still_counts(t
     settings = DistillConfig(method="kd", teacher="t.pt")
     write_cell(tmp_path / "a", settings, teacher={"path": "t.pt", "miou": 0.5})
     assert cells_module._finished_cell(settings, tmp_path / "a", "1" * 64) is not None
+
+
+def test_the_seeds_of_a_method_give_the_mean_of_each_class_and_the_highest_memory() -> None:
+    common = {"name": "none", "miou": 0.5, "best_miou": 0.5, "seconds": 1.0, "teacher": None}
+    made = [
+        common | {"seed": 0, "peak_memory_mib": 300.0, "per_class_iou": {"a": 0.2, "b": None, "c": None}},
+        common | {"seed": 1, "peak_memory_mib": 100.0, "per_class_iou": {"a": 0.6, "b": 0.5, "c": None}},
+    ]
+    found = summarize(StudyConfig(methods=["none"]), made)["methods"]["none"]
+    assert found["peak_memory_mib"] == 300
+    assert found["per_class_iou_mean"] == {"a": pytest.approx(0.4), "b": 0.5, "c": None}
 
 
 def test_the_gap_ends_at_the_teacher_as_the_method_shows_it(studied: Path) -> None:

@@ -8,19 +8,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import NETWORK, REPO, TINY, call_script, log_lines, run_script, write_folder_dataset
+from torch import nn
 
 from aicsd_deploy import tracking
+from aicsd_deploy import trainer as trainer_module
 from aicsd_deploy.checkpoint import load_checkpoint, save_checkpoint
+from aicsd_deploy.config import TrainConfig
 from aicsd_deploy.data.dataset import read_mask
+from aicsd_deploy.data.loader import Batch
+from aicsd_deploy.data.transforms import Augmentation
 from aicsd_deploy.errors import Preempted
 from aicsd_deploy.files import write_png
-from aicsd_deploy.metadata import SegClass
+from aicsd_deploy.metadata import Metadata, SegClass
 from aicsd_deploy.tracking import picture_page, picture_row, plot_curves
 from aicsd_deploy.trainer import Trainer
 
@@ -172,6 +178,47 @@ def test_a_resumed_run_keeps_a_best_that_it_does_not_beat(trained: Path, tmp_pat
     before = (run / "best.pt").read_bytes()
     assert call_script("train/teacher.py", *arguments, "--resume", "auto", cwd=trained).returncode == 0
     assert (run / "best.pt").read_bytes() == before
+
+
+def test_every_step_is_taken_in_training_mode(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, take, modes = Trainer._prepare, Trainer._take, []
+
+    def given_in_eval_mode(trainer: Trainer) -> None:
+        prepare(trainer)
+        trainer.network.eval()
+
+    def looks(trainer: Trainer, batch: Batch, *, logs: bool) -> dict[str, Any]:
+        modes.append(trainer.network.training)
+        return take(trainer, batch, logs=logs)
+
+    monkeypatch.setattr(Trainer, "_prepare", given_in_eval_mode)
+    monkeypatch.setattr(Trainer, "_take", looks)
+    arguments = [*TINY, "--model", "tiny_network:tiny", "--epochs", 2, "--val-every", 1, "--out", tmp_path / "r"]
+    assert call_script("train/teacher.py", *arguments, cwd=trained).returncode == 0
+    assert modes == [True] * 6, "the validation after the third leaves no trace"
+
+
+def test_the_best_network_is_the_running_mean_that_was_scored(trained: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, "--model", "tiny_network:tiny", "--epochs", 1, "--ema", 0.5, "--out", tmp_path / "r"]
+    assert call_script("train/teacher.py", *arguments, cwd=trained).returncode == 0
+    best, last = (load_checkpoint(tmp_path / "r" / name) for name in ("best.pt", "last.pt"))
+    assert all(torch.equal(value, last.training["ema"][name]) for name, value in best.model.items())
+    assert not torch.equal(best.model["0.weight"], last.model["0.weight"])
+
+
+def test_pictures_are_changed_as_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Augmentation] = []
+    monkeypatch.setattr(trainer_module, "training_batches", lambda _, augmentation, **__: made.append(augmentation))
+    settings = {"scale": (0.6, 1.7), "flip": False, "color_jitter": 0.2, "crop_size": (24, 40), "keep_aspect": True}
+    metadata = Metadata("m", (SegClass("a", (0, 0, 0)),), (48, 64))
+    loss: Any = SimpleNamespace(picture_scale=2.0)
+    data: Any = None
+    trainer = Trainer(
+        nn.Identity(), loss, TrainConfig(**settings), metadata, data, data, tmp_path, torch.device("cpu"), {}
+    )
+    trainer._batches(0, 1)
+    wanted = {"scale": (0.6, 1.7), "flip": False, "color_jitter": 0.2, "keep_aspect": True}
+    assert made == [Augmentation((48, 64), **wanted, crop_size_hw=(24, 40), picture_scale=2.0)]
 
 
 def stops_at_step_4(trainer: Trainer) -> None:

@@ -65,10 +65,10 @@ class Drop:
         """Say whether no more was lost than is allowed."""
         return self.agreement.worst_size[1] >= limits.agreement and self.miou_drop <= limits.miou_drop
 
-    def worst_classes(self, count: int = 3) -> list[str]:
-        """Name the classes that lost most IoU."""
+    def worst_classes(self) -> list[str]:
+        """Name the three classes that lost most IoU."""
         known = {name: drop for name, drop in self.iou_drop.items() if drop is not None}
-        return [f"{n} {-100 * d:+.1f}" for n, d in sorted(known.items(), key=lambda item: -item[1])[:count]]
+        return [f"{n} {-100 * d:+.1f}" for n, d in sorted(known.items(), key=lambda item: -item[1])[:3]]
 
 
 def measure_drop(

@@ -27,15 +27,13 @@ def conv_bn_relu(inputs: int, outputs: int, *, kernel: int = 1, dilation: int = 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: one 1×1 branch, three dilated 3×3 branches, one image-level branch."""
 
-    def __init__(
-        self, inputs: int, outputs: int = 256, *, rates: tuple[int, int, int] = (6, 12, 18), dropout: float = 0.5
-    ):
+    def __init__(self, inputs: int, outputs: int = 256) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            [conv_bn_relu(inputs, outputs), *(conv_bn_relu(inputs, outputs, kernel=3, dilation=r) for r in rates)]
+            [conv_bn_relu(inputs, outputs), *(conv_bn_relu(inputs, outputs, kernel=3, dilation=r) for r in (6, 12, 18))]
         )
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(inputs, outputs))
-        self.project = nn.Sequential(conv_bn_relu(5 * outputs, outputs), nn.Dropout(dropout))
+        self.project = nn.Sequential(conv_bn_relu(5 * outputs, outputs), nn.Dropout(0.5))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H, W)."""

@@ -14,10 +14,10 @@ from aicsd_deploy.models.backbones import Backbone
 class LRASPP(nn.Module):
     """LR-ASPP: normalised images (B, 3, H, W) to logits (B, num_classes, H/8, W/8), not upsampled."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, *, channels: int = 128) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = LRASPPHead(backbone.channels[1], backbone.channels[-1], num_classes, channels)
+        self.head = LRASPPHead(backbone.channels[1], backbone.channels[-1], num_classes, inter_channels=128)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         maps = self.backbone(images_BCHW)

@@ -38,6 +38,13 @@ def test_methods_on_features_refuse_what_is_for_logits(setting: dict[str, object
         assert validated(DistillConfig, {"method": method, **setting}).method == method
 
 
+@pytest.mark.parametrize("setting", ["sync_bn", "checkpoint_activations"])
+def test_qat_refuses_what_computes_blocks_otherwise(setting: str) -> None:
+    assert validated(DistillConfig, {setting: True}).qat == "off"
+    with pytest.raises(InputError, match="takes neither sync_bn nor checkpoint_activations"):
+        validated(DistillConfig, {"qat": "cpu", setting: True})
+
+
 @pytest.mark.parametrize(("scale", "fits"), [((1, 1), True), ((0.5, 8), True), ((0, 1), False), ((1, 8.5), False)])
 def test_the_random_scale_lies_above_0_and_up_to_8(scale: tuple[float, float], fits: bool) -> None:
     if fits:
