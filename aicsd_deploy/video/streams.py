@@ -130,7 +130,7 @@ class Launched:
             words = shlex.split(f"{elements} {tail}")
         except ValueError as error:
             raise InputError(
-                f"The GStreamer pipeline {pipeline} cannot be read: {first_line(error)}. Write it as for gst-launch-1.0."
+                f"The GStreamer pipeline cannot be read: {first_line(error)}. Write it as for gst-launch-1.0."
             ) from error
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
@@ -165,10 +165,11 @@ class Launched:
         try:
             yield
         except InputError as error:
-            said = self._complaint()
+            said = self._complaint() or f"it ended, or was silent for {OPEN_TIMEOUT_S:.0f} s, before its first picture"
             self.close()
             raise InputError(
-                f"The GStreamer pipeline gives no video: {(said or str(error)).rstrip('.')}. Write it as for gst-launch-1.0, without a sink."
+                f"The GStreamer pipeline gives no video: {said.rstrip('.')}. Write it as for gst-launch-1.0, without a "
+                "sink, and try it there with ! fakesink at its end."
             ) from error
 
     def failure(self) -> str | None:

@@ -601,6 +601,20 @@ def test_a_gstreamer_pipeline_that_is_wrong_is_an_input_error() -> None:
         open_source("videotestsrc pattern='ball ! videoconvert")
 
 
+@has_gstreamer
+def test_a_gstreamer_pipeline_that_gives_nothing_is_not_told_to_be_an_address() -> None:
+    for pipeline in ("videotestsrc num-buffers=0 ! videoconvert", "filesrc location=/dev/null"):
+        with pytest.raises(InputError, match=r"gives no video: it ended, .*without a sink") as told:
+            within(20, lambda pipeline=pipeline: open_source(pipeline))
+        assert "server" not in str(told.value)
+
+
+@has_gstreamer
+def test_a_source_element_alone_is_a_pipeline() -> None:
+    with open_source("videotestsrc is-live=true num-buffers=9") as source:
+        assert within(20, lambda: list(source))
+
+
 def test_a_gstreamer_pipeline_without_gstreamer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MissingDependencyError, match=r"gstreamer1\.0-tools"):
