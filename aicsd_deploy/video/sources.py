@@ -189,7 +189,8 @@ class LoopedSource(Source):
         while True:
             for frame in self._source:
                 last_s = start_s + frame.time_s
-                yield replace(frame, index=index, time_s=last_s)
+                image = fit(frame.image_bgr, self.size_hw)  # the file may have been replaced by another
+                yield replace(frame, index=index, image_bgr=image, time_s=last_s)
                 index += 1
             self.skipped += self._source.skipped
             self.lost = self._source.lost

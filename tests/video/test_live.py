@@ -324,6 +324,14 @@ def test_a_source_can_be_looped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(frames[6].image_bgr, frames[0].image_bgr)
 
 
+def test_a_looped_file_that_is_replaced_keeps_the_size(tmp_path: Path) -> None:
+    with open_source(str(encode(tmp_path / "in.mp4", grey_frames(2))), loop=True) as source:
+        frames = iter(source)
+        next(frames)
+        encode(tmp_path / "new.mp4", grey_frames(2, (96, 64))).replace(tmp_path / "in.mp4")
+        assert [next(frames).image_bgr.shape for _ in range(3)] == [(48, 64, 3)] * 3
+
+
 class Breaking(SyntheticSource):
     """Breaks off after two frames."""
 
