@@ -60,12 +60,12 @@ class PngSink(Sink):
 
     def write(self, frame: Frame) -> bool:
         assert frame.labels is not None
-        if not self._times:
+        # Without times.txt, nobody would know what the label maps belong to.
+        require_room(self.folder, self._spare_bytes)
+        write_png(self.folder / f"frame_{frame.index:06d}.png", frame.labels)
+        if not self._times:  # not before: where the disk is full, no folder stays
             lines = (f"{i} {c.name} {' '.join(map(str, c.color_rgb))}\n" for i, c in enumerate(self._classes))
             write_text(self.folder / "classes.txt", "".join(lines))
-        # Without times.txt, nobody would know what the label maps belong to.
-        require_room(self.folder, self._spare_bytes, self.folder)
-        write_png(self.folder / f"frame_{frame.index:06d}.png", frame.labels)
         picture = "" if frame.picture is None else f" {frame.picture}"
         self._times.append(f"frame_{frame.index:06d}.png {frame.time_s:.6f}{picture}\n")
         self._spare_bytes += 4 * len(self._times[-1])  # a letter of a name takes up to four bytes

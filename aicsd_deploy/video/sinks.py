@@ -39,8 +39,9 @@ def keep_partial(temporary: Path, path: Path) -> None:
     say(f"The frames until the error are kept in {partial_path(path)}")
 
 
-def require_room(folder: Path, needed_bytes: int, path: Path) -> None:
-    """Raise OSError, which names `path`, where a disk has not the room for what ends an output."""
+def require_room(path: Path, needed_bytes: int) -> None:
+    """Raise OSError, which names the output `path`, where its disk has not the room for what ends it."""
+    folder = next(place for place in (path, *path.parents) if place.is_dir())
     if shutil.disk_usage(folder).free < needed_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 

@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-PIPELINE = re.compile(r"\s!\s|^\s*[a-z]\w*(\s[^!]*)?!\s*([a-z][\w-]*(\s|!|$)|(video|image|application)/)", re.I)
-"""A GStreamer pipeline: a ! with spaces around it, or one between what can be two elements, or an element and its caps."""
+PIPELINE = re.compile(
+    r"\s!\s|^\s*[a-z]\w*(\s[^!]*)?!\s*([a-z][\w-]*(\s|!|$)|(video|image|application)/)|^\s*[a-z]\w*src(\s+[\w-]+=.*)?$",
+    re.I,
+)
+"""A GStreamer pipeline: a ! with spaces around it, or one between what can be two elements, or an element and its caps; or a
+source element alone."""
 CLOCK = Fraction(1, 90_000)
 """The time base of sources that have none of their own."""
 
@@ -185,7 +189,8 @@ class LoopedSource(Source):
         while True:
             for frame in self._source:
                 last_s = start_s + frame.time_s
-                yield replace(frame, index=index, time_s=last_s)
+                image = fit(frame.image_bgr, self.size_hw)  # the file may have been replaced by another
+                yield replace(frame, index=index, image_bgr=image, time_s=last_s)
                 index += 1
             self.skipped += self._source.skipped
             self.lost = self._source.lost

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from aicsd_deploy.video.video_file import ANY_METADATA, FileSource, ToBgr, av, d
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 3.0
 """A stream that is silent for so long counts as lost."""
+UNDECODABLE_S = 20.0
+"""So does one of which nothing can be decoded for so long; key frames are hardly further apart."""
 IN_SEGMENTS = ("hls", "dash")
 """Formats that come some seconds at a time, so that their newest frame is one of many that came together."""
 NETWORK_SOURCE = re.compile(r"\b(rtsp|rtmp|rtp|udp|tcpclient|srt|souphttp|curlhttp)\w*src\b")
@@ -84,7 +87,7 @@ class StreamConnection(Connection):
         gc.collect()  # PyAV's containers and streams refer to each other; a lost connection's decoder is large
 
     def _decode(self) -> Iterator[UInt8Array]:
-        last_s, to_bgr = 0.0, ToBgr()
+        last_s, to_bgr, good_s = 0.0, ToBgr(), time.monotonic()
         for packet in self._container.demux(self._stream):
             if packet.size == 0:  # the end of a demuxer that was cut off reads like the end of the stream
                 break
@@ -92,10 +95,13 @@ class StreamConnection(Connection):
                 frames = packet.decode()
             except av.error.FFmpegError:
                 self.skipped += 1
-                continue
+                frames = []
             for frame in frames:
                 last_s = float(frame.time or 0.0)
                 yield upright(to_bgr(frame), display_matrix(frame))
+                good_s = time.monotonic()
+            if time.monotonic() > good_s + UNDECODABLE_S:
+                raise ConnectionLostError(f"for {UNDECODABLE_S:.0f} s nothing came that could be decoded")
         if not self._reached_end(last_s):
             raise ConnectionLostError("the server closed the connection")
 
@@ -130,7 +136,7 @@ class Launched:
             words = shlex.split(f"{elements} {tail}")
         except ValueError as error:
             raise InputError(
-                f"The GStreamer pipeline {pipeline} cannot be read: {first_line(error)}. Write it as for gst-launch-1.0."
+                f"The GStreamer pipeline cannot be read: {first_line(error)}. Write it as for gst-launch-1.0."
             ) from error
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
@@ -165,10 +171,11 @@ class Launched:
         try:
             yield
         except InputError as error:
-            said = self._complaint()
+            said = self._complaint() or f"it ended, or was silent for {OPEN_TIMEOUT_S:.0f} s, before its first picture"
             self.close()
             raise InputError(
-                f"The GStreamer pipeline gives no video: {(said or str(error)).rstrip('.')}. Write it as for gst-launch-1.0, without a sink."
+                f"The GStreamer pipeline gives no video: {said.rstrip('.')}. Write it as for gst-launch-1.0, without a "
+                "sink, and try it there with ! fakesink at its end."
             ) from error
 
     def failure(self) -> str | None:

@@ -83,8 +83,10 @@ class Mp4Sink(Sink):
         self._output = atomic_path(self.path)
         self._temporary = self._output.__enter__()
         try:
-            faststart = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
-            self._container = av.open(str(self._temporary), "w", options=faststart)
+            # Matroska would hold back five seconds, which a disk that fills up would then have no room for.
+            is_matroska = self.path.suffix.lower() == ".mkv"
+            options = {"cluster_size_limit": "32768"} if is_matroska else {"movflags": "+faststart"}
+            self._container = av.open(str(self._temporary), "w", options=options)
             self._stream = self._add_stream(self._container, source)
             try:
                 self._stream.codec_context.open()
@@ -138,8 +140,7 @@ class Mp4Sink(Sink):
 
     def _require_room(self) -> None:
         """Raise OSError where the disk is about to be full: a file whose index does not fit could not be played."""
-        needed = self._spare_bytes + SPARE_FRAMES * self._largest_bytes
-        require_room(self._temporary.parent, needed, self.path)
+        require_room(self.path, self._spare_bytes + SPARE_FRAMES * self._largest_bytes)
 
     def close(self, error: BaseException | None) -> None:
         container, self._container = self._container, None

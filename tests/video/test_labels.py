@@ -177,7 +177,7 @@ def test_ctrl_c_keeps_the_lines_under_their_name(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["labels.jsonl"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [(RleSink, "labels.jsonl"), (PngSink, "classes.txt")])
+@pytest.mark.parametrize(("kind", "name"), [(RleSink, "labels.jsonl"), (PngSink, "frame_000000.png")])
 def test_a_full_disk_is_reported_with_the_file(kind: Any, name: str, tmp_path: Path) -> None:
     sink = kind(tmp_path / "labels.jsonl", CLASSES)
     with room_for_files(0), pytest.raises(OSError, match=rf"too large: .*{name}"):
@@ -200,6 +200,18 @@ def test_label_maps_leave_room_on_a_disk_that_fills_up_for_their_times(
     assert [line.split()[0] for line in (tmp_path / "maps/times.txt").read_text().splitlines()] == kept
     assert "kept in" in capsys.readouterr().err
     assert disk_usage(tmp_path / "maps").free > SPARE_BYTES / 2
+
+
+def test_a_disk_without_room_for_the_first_label_map_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "aicsd_deploy.video.sinks.shutil.disk_usage", lambda folder: SimpleNamespace(free=SPARE_BYTES - 1)
+    )
+    for folder in (tmp_path / "maps", tmp_path / "new" / "maps"):
+        with pytest.raises(OSError, match=r"No space left on device: '.*maps'"):
+            write_all(PngSink(folder, CLASSES), frames_of(np.ones((2, 3), np.uint8)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_first_frame(tmp_path: Path) -> None:

@@ -331,6 +331,14 @@ def test_a_source_can_be_looped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(frames[6].image_bgr, frames[0].image_bgr)
 
 
+def test_a_looped_file_that_is_replaced_keeps_the_size(tmp_path: Path) -> None:
+    with open_source(str(encode(tmp_path / "in.mp4", grey_frames(2))), loop=True) as source:
+        frames = iter(source)
+        next(frames)
+        encode(tmp_path / "new.mp4", grey_frames(2, (96, 64))).replace(tmp_path / "in.mp4")
+        assert [next(frames).image_bgr.shape for _ in range(3)] == [(48, 64, 3)] * 3
+
+
 class Breaking(SyntheticSource):
     """Breaks off after two frames."""
 
@@ -360,7 +368,8 @@ def test_passwords_are_not_printed() -> None:
 
 @pytest.fixture
 def web_server(tmp_path: Path) -> Iterator[str]:
-    """A web server with clip.mp4, with /closed and /silent, which break off in a clip, and with /live, which does so in motion JPEG."""
+    """A web server with clip.mp4, with /closed and /silent, which break off in a clip, with /live, which does so in motion JPEG,
+    and with /garbage, which claims to be that."""
     for name in ("clip.mp4", "clip.ts"):
         encode(tmp_path / name, grey_frames(10))
     noise = np.random.default_rng(0).integers(0, 256, (100, 48, 64, 3), np.uint8)
@@ -386,14 +395,14 @@ def web_server(tmp_path: Path) -> Iterator[str]:
                 self.end_headers()
                 self.wfile.write(b"#EXTM3U\n#EXT-X-TARGETDURATION:8\n#EXTINF:8,\nsegment.ts\n")
                 return None
-            if self.path != "/live":
+            if self.path not in ("/live", "/garbage"):
                 return super().do_GET()
             self.send_response(200)
             self.send_header("Content-Type", "multipart/x-mixed-replace;boundary=x")
             self.end_headers()
-            for _ in range(8):
-                part = b"--x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg)
-                self.wfile.write(part + jpeg + b"\r\n")
+            for picture in [jpeg] * 8 if self.path == "/live" else [bytes(500)] * 2000:
+                part = b"--x\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(picture)
+                self.wfile.write(part + picture + b"\r\n")
                 time.sleep(0.01)
             return None
 
@@ -467,6 +476,14 @@ def test_a_live_http_stream_is_reconnected_when_it_breaks_off(web_server: str) -
     frames = within(30, read)
     assert [f.index for f in frames] == list(range(12))
     assert frames[11].image_bgr.mean() == pytest.approx(20, abs=3)
+
+
+def test_a_stream_of_which_nothing_can_be_decoded_is_not_waited_for_forever(
+    web_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aicsd_deploy.video.streams.UNDECODABLE_S", 0.5)
+    with pytest.raises(InputError, match=r"gives no picture: .* could be decoded"):
+        within(15, lambda: open_source(f"{web_server}/garbage"))
 
 
 def test_a_server_that_answers_once_is_read(tmp_path: Path) -> None:
@@ -606,6 +623,20 @@ def test_a_gstreamer_pipeline_that_is_wrong_is_an_input_error() -> None:
         open_source("nosuchsrc ! videoconvert")
     with pytest.raises(InputError, match="No closing quotation"):
         open_source("videotestsrc pattern='ball ! videoconvert")
+
+
+@has_gstreamer
+def test_a_gstreamer_pipeline_that_gives_nothing_is_not_told_to_be_an_address() -> None:
+    for pipeline in ("videotestsrc num-buffers=0 ! videoconvert", "filesrc location=/dev/null"):
+        with pytest.raises(InputError, match=r"gives no video: it ended, .*without a sink") as told:
+            within(20, lambda pipeline=pipeline: open_source(pipeline))
+        assert "server" not in str(told.value)
+
+
+@has_gstreamer
+def test_a_source_element_alone_is_a_pipeline() -> None:
+    with open_source("videotestsrc is-live=true num-buffers=9") as source:
+        assert within(20, lambda: list(source))
 
 
 def test_a_gstreamer_pipeline_without_gstreamer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,8 +143,9 @@ def test_a_full_disk_leaves_what_can_be_played(tmp_path: Path, suffix: str, room
     assert all(len(read_back(tmp_path / name)[0]) > 3 for name in kept)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_disk_that_fills_up_leaves_room_for_the_end_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = 500_000
 
@@ -152,10 +153,10 @@ def test_a_disk_that_fills_up_leaves_room_for_the_end_of_the_file(
         return SimpleNamespace(free=room - sum(path.stat().st_size for path in folder.iterdir()))
 
     monkeypatch.setattr("aicsd_deploy.video.sinks.shutil.disk_usage", disk_usage)
-    with room_for_files(room), pytest.raises(OSError, match=r"No space left on device: '.*out\.mp4'"):
-        write(tmp_path / "out.mp4", Noise(1000, size_hw=(96, 128)))
+    with room_for_files(room), pytest.raises(OSError, match=rf"No space left on device: '.*out{suffix}'"):
+        write(tmp_path / f"out{suffix}", Noise(1000, size_hw=(96, 128)))
     (partial,) = tmp_path.iterdir()
-    assert partial.name == "out.partial.mp4"
+    assert partial.name == f"out.partial{suffix}"
     assert partial.stat().st_size > room / 4, "it is not given up long before"
     assert len(read_back(partial)[0]) > 3
 
