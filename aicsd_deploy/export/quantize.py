@@ -71,8 +71,9 @@ class Recipe:
     end: Callable[[onnx.ModelProto], None] | None = None
 
 
-# TensorRT's parser takes symmetric ranges, no quantised bias, and no Q/DQ pair that two layers share. Only what
-# layers read is rounded: a pair between a convolution and its activation would keep TensorRT from fusing the two.
+# TensorRT's parser takes symmetric ranges, no quantised bias, and no Q/DQ pair that two quantised layers share (what stays in
+# float beside one, such as the addition of a residual block, may read it). Only what layers read is rounded: a pair between a
+# convolution and its activation would keep TensorRT from fusing the two.
 _SYMMETRIC = {
     "ActivationSymmetric": True,
     "QuantizeBias": False,
