@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from aicsd_deploy.console import say
 from aicsd_deploy.errors import InputError, MissingDependencyError
 from aicsd_deploy.files import atomic_path
 from aicsd_deploy.runtime.base import UInt8Array
@@ -30,6 +32,9 @@ QUALITY = {"crf": "21", "preset": "superfast"}
 """Of x264: a little better than its default, 23; half the CPU time of "veryfast", which goes to the network, for files a sixth larger."""
 SPARE_BYTES, SPARE_BYTES_PER_FRAME, SPARE_FRAMES = 1 << 16, 128, 16
 """Room on the disk that is left for what ends a file: buffers, the index of frames and sound, frames that x264 holds back."""
+MOST_TICKS, REORDERED = 1 << 28, 2
+"""Of mp4 and mov: with more between a frame's time and that of its decoding, which is that of the second frame before it, FFmpeg 5
+reads all frames of the file out of order."""
 
 
 class Mp4Sink(Sink):
@@ -59,8 +64,6 @@ class Mp4Sink(Sink):
         self._converter = (
             reformatter.VideoReformatter()
         )  # one for all frames: a frame's own makes threads for each frame
-        self._last_pts = -1
-        self._spare_bytes, self._largest_bytes = SPARE_BYTES, 0
 
     def open(self, source: Source) -> Self:
         """Start the file.
@@ -80,6 +83,9 @@ class Mp4Sink(Sink):
             raise MissingDependencyError(
                 "This PyAV was built without libx264, the H.264 encoder. Install av from its wheels."
             )
+        self._last_pts: deque[int] = deque([-1], maxlen=REORDERED)
+        self._left_out_ticks = 0
+        self._spare_bytes, self._largest_bytes = SPARE_BYTES, 0
         self._output = atomic_path(self.path)
         self._temporary = self._output.__enter__()
         try:
@@ -98,6 +104,8 @@ class Mp4Sink(Sink):
             if self._audio_of is not None:
                 self._audio = AudioCopy(self._audio_of, self._container, name=source.name)
             self._container.start_encoding()  # writes the header; were a full disk met later, PyAV would crash
+            longest = MOST_TICKS * Fraction(self._stream.time_base or self._time_base) / self._time_base
+            self._longest_ticks = None if is_matroska else int(longest)
         except BaseException as error:
             self._container = None
             self._output.__exit__(type(error), error, None)
@@ -127,9 +135,7 @@ class Mp4Sink(Sink):
             dst_color_range=reformatter.ColorRange.MPEG,
             threads=1,
         )
-        # Damaged files repeat time stamps or go back, which no container takes.
-        self._last_pts = picture.pts = max(round(frame.time_s / self._time_base), self._last_pts + 1)
-        picture.time_base = self._time_base
+        picture.pts, picture.time_base = self._place(frame.time_s), self._time_base
         packets = self._stream.encode(picture)
         self._spare_bytes += SPARE_BYTES_PER_FRAME
         self._largest_bytes = max([self._largest_bytes, *(packet.size for packet in packets)])
@@ -137,6 +143,19 @@ class Mp4Sink(Sink):
         if self._audio is not None:
             self._audio.copy_until(frame.time_s)
         return True
+
+    def _place(self, time_s: float) -> int:
+        """Return a frame's time in ticks, as the container takes it: damaged files repeat their times, go back, or jump by years."""
+        ticks = round(time_s / self._time_base) - self._left_out_ticks
+        if self._longest_ticks is not None and (beyond := ticks - self._last_pts[0] - self._longest_ticks) > 0:
+            say(
+                f"warning: {self.path}: {float(beyond * self._time_base):.0f} s of the pause before the frame at {time_s:.0f} s are "
+                "left out, since this kind of file cannot hold so long a one; .mkv can"
+            )
+            self._left_out_ticks += beyond
+            ticks -= beyond
+        self._last_pts.append(max(ticks, self._last_pts[-1] + 1))
+        return self._last_pts[-1]
 
     def _require_room(self) -> None:
         """Raise OSError where the disk is about to be full: a file whose index does not fit could not be played."""
@@ -149,20 +168,20 @@ class Mp4Sink(Sink):
         wanted = error is None or isinstance(error, KeyboardInterrupt)
         failure: Exception | None = None
         try:
-            if self._last_pts >= 0:
+            if self._last_pts[-1] >= 0:
                 container.mux(self._stream.encode(None))
                 if self._audio is not None and wanted:
-                    self._audio.copy_until(self._last_pts * self._time_base + 1 / self._fps)
+                    self._audio.copy_until(self._last_pts[-1] * self._time_base + 1 / self._fps)
             container.close()
         except Exception as full_disk:
             failure = full_disk
         if self._audio is not None:
             self._audio.close()
-        if self._last_pts >= 0 and wanted and failure is None:
+        if self._last_pts[-1] >= 0 and wanted and failure is None:
             self._output.__exit__(None, None, None)
             return
         playable = failure is None or (self.path.suffix.lower() == ".mkv" and self._temporary.stat().st_size > 0)
-        if self._last_pts >= 0 and playable:
+        if self._last_pts[-1] >= 0 and playable:
             keep_partial(self._temporary, self.path)
         unfinished = error or failure or InputError("no frame was written")
         self._output.__exit__(type(unfinished), unfinished, None)

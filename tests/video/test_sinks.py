@@ -76,6 +76,28 @@ def test_times_that_stand_still_or_go_back_are_mended(tmp_path: Path) -> None:
     assert read_back(tmp_path / "out.mp4")[0] == pytest.approx([0, 0.04, 0.05, 0.06, 0.08])
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("pause_s", [40_000, 3_000_000, 1_700_000_000])  # as of a clock that is set in the middle
+def test_a_pause_that_is_too_long_for_the_file_is_shortened_and_told(
+    pause_s: int, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ticks = [40 * n + 1000 * pause_s * ((n >= 8) + (n >= 9)) for n in range(16)]
+    write(tmp_path / f"out{suffix}", Times(ticks, Fraction(1, 1000)))
+    times, images = read_back(tmp_path / f"out{suffix}")
+    steps = np.diff(times)
+    assert len(images) == 16
+    np.testing.assert_allclose(np.delete(steps, [7, 8]), 0.04, atol=0.002)
+    if suffix == ".mkv":
+        assert (steps[7:9].tolist(), capsys.readouterr().err) == (pytest.approx([pause_s + 0.04] * 2), "")
+    else:
+        assert 10_000 < steps[7] < pause_s
+        assert 0 < steps[8] < pause_s
+        with av.open(str(tmp_path / "out.mp4")) as container:
+            packets = [packet for packet in container.demux(video=0) if packet.size]
+        assert max(packet.pts - packet.dts for packet in packets) <= 1 << 28
+        assert f"{pause_s + 0.04 - steps[7]:.0f} s of the pause" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size_hw", [(1, 1), (25, 33), (24, 33), (25, 32)])
 def test_odd_sizes_gain_one_row_or_column(tmp_path: Path, size_hw: tuple[int, int]) -> None:
     write(tmp_path / "out.mp4", Numbered(3, size_hw=size_hw))
@@ -107,6 +129,14 @@ def test_an_error_before_the_first_frame_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a stage broke"):
         write(tmp_path / "out.mp4", Numbered(5), fail_after=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sink_can_be_opened_again(tmp_path: Path) -> None:
+    sink = Mp4Sink(tmp_path / "out.mp4")
+    for count in (3, 5):
+        with sink.open(Numbered(count)):
+            assert all(sink.write(frame) for frame in Numbered(count))
+        assert read_back(tmp_path / "out.mp4")[0] == pytest.approx([n / 25 for n in range(count)])
 
 
 def test_no_frame_leaves_nothing(tmp_path: Path) -> None:
