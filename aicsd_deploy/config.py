@@ -366,7 +366,13 @@ def read_config(config: type[C], args: argparse.Namespace) -> C:
     values: dict[str, Any] = {}
     if args.config is not None:
         loaded = read_mapping(args.config, "The file of --config", holds="settings as `name: value` lines")
-        values |= {str(key).replace("-", "_"): value for key, value in loaded.items()}
+        for key, value in loaded.items():
+            name = str(key).replace("-", "_")
+            if name in values:
+                raise InputError(
+                    f"{args.config} has {name!r} twice, spelt with - and with _. Leave one of the two lines."
+                )
+            values[name] = value
     values |= {name: getattr(args, name) for name in config.model_fields if hasattr(args, name)}
     return validated(config, values)
 

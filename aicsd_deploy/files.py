@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,21 +29,23 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed and `path` stays as it was.
 
+    Where `path` is a link, the file that it leads to is replaced; the new file has the mode of the old one.
     The temporary name keeps the suffix, since several libraries choose the file format by it. Folders that had to be made
     for it and are empty in the end are removed too.
 
     Raises:
-        InputError: `path` is a folder, or its folder cannot be made or written to.
+        InputError: `path` is a folder, a device or a pipe, or its folder cannot be made or written to.
         VerificationError: the one that was raised inside, with a word about an older file that is still there.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, but a file is to be written there. Give a file name.")
+    path = _replaceable(path)
     made = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         with _temporary_beside(path) as temporary:
             yield temporary
-            make_readable(temporary)
+            if path.exists():
+                shutil.copymode(path, temporary)
+            else:
+                make_readable(temporary)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(path)
@@ -58,6 +61,16 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         for folder in made:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+def _replaceable(path: Path | str) -> Path:
+    """Return where a file would be written: what `path` leads to, if it is a link. Raise InputError where a file cannot stand there."""
+    found = Path(os.path.realpath(path))
+    if found.is_dir():
+        raise InputError(f"{path} is a folder, but a file is to be written there. Give a file name.")
+    if found.exists() and not found.is_file():
+        raise InputError(f"{path} is a device or a pipe, which a file would take the place of. Give a file name.")
+    return found
 
 
 @contextmanager
@@ -91,9 +104,7 @@ def check_writable(path: Path | str) -> None:
     Raises:
         InputError: it could not.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, but a file is to be written there. Give a file name.")
+    path = _replaceable(path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")

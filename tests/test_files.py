@@ -18,7 +18,7 @@ from helpers import REPO
 from aicsd_deploy.checkpoint import load_checkpoint
 from aicsd_deploy.console import progress
 from aicsd_deploy.errors import InputError, VerificationError
-from aicsd_deploy.files import atomic_path, existing_file, write_json, write_png
+from aicsd_deploy.files import atomic_path, check_writable, existing_file, write_json, write_png
 from aicsd_deploy.metadata import Metadata, SegClass
 
 
@@ -61,6 +61,22 @@ def test_a_file_may_be_read_by_whom_the_umask_lets(umask: int, mode: int, tmp_pa
     finally:
         os.umask(before)
     assert (tmp_path / "file.json").stat().st_mode & 0o777 == mode
+
+
+def test_a_file_that_is_written_again_keeps_its_mode_and_its_place(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk/real.json", tmp_path / "link.json"
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    write_json(link, {"new": 1})
+    assert link.is_symlink()
+    assert json.loads(real.read_text()) == {"new": 1}
+    assert real.stat().st_mode & 0o777 == 0o600
+    os.mkfifo(tmp_path / "pipe")
+    for write in (check_writable, lambda path: write_json(path, {})):
+        with pytest.raises(InputError, match="pipe is a device or a pipe"):
+            write(tmp_path / "pipe")
 
 
 def test_a_folder_in_the_way_and_a_file_for_a_folder_are_said(tmp_path: Path) -> None:

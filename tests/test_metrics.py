@@ -48,6 +48,7 @@ def test_absent_classes_count_in_no_mean_but_wrongly_predicted_ones_do() -> None
     scores = matrix.scores(list("abcd"))
     assert scores.per_class_iou == {"a": 0.5, "b": 1.0, "c": 0.0, "d": None}
     assert scores.miou == pytest.approx(0.5)
+    assert scores.labelled_miou == pytest.approx(0.75)
     assert scores.pixel_accuracy == pytest.approx(0.75)
     assert scores.mean_class_accuracy == pytest.approx(0.75)
     assert scores.label_pixels == {"a": 2, "b": 2, "c": 0, "d": 0}

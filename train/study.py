@@ -54,12 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_json_flag(parser)
     args = parser.parse_args(argv)
     config = read_config(StudyConfig, args)
-    out = args.out or new_run_folder("study")
     # Only now, since importing torch and torchvision takes seconds: wrong flags are told at once.
+    from aicsd_deploy.runtime.torch_backend import choose_device
     from aicsd_deploy.study.cells import run_study
     from aicsd_deploy.study.plots import draw_strip, plot_study
     from aicsd_deploy.study.results import summarize, to_markdown
+    from aicsd_deploy.training import distributed
 
+    distributed.start(choose_device(config.device))
+    out = distributed.from_main(
+        args.out or new_run_folder("study")
+    )  # named by the time, so not the same in each process
     study = summarize(config, run_study(config, out))
     page = to_markdown(study, shlex.join(["python", "train/study.py", *sys.argv[1:]]))
     write_json(out / "study.json", study)

@@ -161,7 +161,8 @@ def require_no_worse(report: dict[str, Any], baseline: dict[str, Any] | None, ru
             _require_number(rule, name, row)
             value, before = row[rule.metric], None if partner is None else partner[rule.metric]
             found = rule.measured(value, before)
-            broken = found > rule.limit if rule.above else found < rule.limit
+            over = (found - rule.limit) * (1 if rule.above else -1)
+            broken = over > 1e-9 * max(1.0, abs(rule.limit))  # 0.695 - 0.7 is a little less than -0.005
             was = "" if before is None else f"{before:.4g} -> "
             shown = {"ratio": f"{found:.3f}x; ", "difference": f"{found:+.4g}; ", "value": ""}[rule.kind]
             line = f"{name}: {rule.metric} {was}{value:.4g} ({shown}fails if {rule.text})"
@@ -187,7 +188,8 @@ def _partners(paths: Sequence[str], baseline: dict[str, Any]) -> list[dict[str, 
     """
     rows, found, alone = baseline["artifacts"], [], []
     for path, name in zip(paths, short_names(paths), strict=True):
-        shared = [_shared_names(path, row["path"]) for row in rows]
+        # The very path tells more than any end of it.
+        shared = [_shared_names(path, row["path"]) + (path == row["path"]) for row in rows]
         most = max(shared)
         if most < len(Path(name).parts) or shared.count(most) > 1:
             alone.append(name)

@@ -47,7 +47,7 @@ class Drop:
 
     Attributes:
         agreement: on which pixels both agree, at every size tried.
-        reference_miou, candidate_miou: mIoU of both on the same images, 0 to 1.
+        reference_miou, candidate_miou: mIoU of both on the same images, over the classes that their labels have, 0 to 1.
         iou_drop: for every class, how far its IoU fell, 0 to 1; None for one that does not occur.
     """
 
@@ -97,7 +97,7 @@ def measure_drop(
     ours = evaluate(candidate, some, title="scoring the engine").scores(names)
     theirs = evaluate(reference, some, title="scoring the reference").scores(names)
     iou_drop = {n: _difference(theirs.per_class_iou[n], ours.per_class_iou[n]) for n in names}
-    return Drop(agreement, theirs.miou, ours.miou, iou_drop)
+    return Drop(agreement, theirs.labelled_miou, ours.labelled_miou, iou_drop)
 
 
 def require_within(drop: Drop, limits: Limits, *, what: str, layers: Sequence[str] = ()) -> None:

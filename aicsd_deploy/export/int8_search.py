@@ -42,8 +42,8 @@ class Int8Result:
 
     @property
     def drop(self) -> float:
-        """mIoU lost on the validation images."""
-        return self.float_scores.miou - self.int8_scores.miou
+        """mIoU lost on the validation images, over the classes that their labels have."""
+        return self.float_scores.labelled_miou - self.int8_scores.labelled_miou
 
 
 def quantize_within(
@@ -95,8 +95,8 @@ def quantize_within(
             result = search.leave_layers_in_float(result)
     if result.drop > max_miou_drop:
         raise VerificationError(
-            f"INT8 loses {100 * result.drop:.2f} points of mIoU ({percent(float_scores.miou)} to "
-            f"{percent(result.int8_scores.miou)} %), at most {100 * max_miou_drop:.2f} are allowed, with "
+            f"INT8 loses {100 * result.drop:.2f} points of mIoU ({percent(float_scores.labelled_miou)} to "
+            f"{percent(result.int8_scores.labelled_miou)} %), at most {100 * max_miou_drop:.2f} are allowed, with "
             f"{len(result.float_layers)} of {len(quantizer.layers)} layers left in float. It was not kept. Raise "
             "--max-miou-drop if you can afford it, or give more --frames."
         )
@@ -125,7 +125,7 @@ class _Search:
         """Return what the first calibration method within the limit gives, else the best; the best on training images go first."""
         on_training_images = {}
         for method in methods if len(methods) > 1 else ():
-            miou = self._attempt(self.held_out, method, self.kept, f"trying {method}").miou
+            miou = self._attempt(self.held_out, method, self.kept, f"trying {method}").labelled_miou
             say(f"{method}: {percent(miou)} % mIoU on {len(self.held_out)} training images")
             on_training_images[method] = miou
         results = []
@@ -137,7 +137,7 @@ class _Search:
             results.append(result)
             if result.drop <= self.max_miou_drop:
                 break
-        return max(results, key=lambda result: result.int8_scores.miou)
+        return max(results, key=lambda result: result.int8_scores.labelled_miou)
 
     def leave_layers_in_float(self, result: Int8Result) -> Int8Result:
         """Leave 1, 2, 4, … of the costliest layers in float, half of all at most, until the limit holds."""

@@ -34,6 +34,8 @@ def report(**changes: object) -> dict[str, Any]:
         ("miou<-0.005", {"miou": 0.494}, True),
         ("miou < 0.4", {"miou": 0.41}, False),
         ("miou < 0.4", {"miou": 0.39}, True),
+        ("miou<-0.005", {"miou": 0.495}, False),
+        ("miou>+0.3", {"miou": 0.8}, False),
         ("p50_ms>+2", {"p50_ms": 11.9}, False),
         ("p50_ms>+2", {"p50_ms": 12.1}, True),
         ("failures>1.1x", {"failures": 1}, True),
@@ -130,6 +132,8 @@ def test_folders_tell_which_of_several_it_was() -> None:
     assert len(require_no_worse(many({"/ci/runs/student/best.pt": 0.6}), baseline, rule)) == 1
     with pytest.raises(VerificationError):
         require_no_worse(many({"/ci/runs/teacher/best.pt": 0.6}), baseline, rule)
+    inside = many({"best.pt": 0.6, "teacher/best.pt": 0.7})  # of a run folder that is the working folder
+    assert len(require_no_worse(inside, inside, rule)) == 2
     for unknown in (
         {"best.pt": 0.6},
         {"runs/other/best.pt": 0.6},

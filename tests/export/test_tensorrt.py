@@ -373,6 +373,26 @@ def test_what_is_lost_is_the_references_score_less_the_candidates() -> None:
     assert list(drop.iou_drop.values()) == pytest.approx([1 - shares[0]] + [1.0] * (len(shares) - 1))
 
 
+def test_one_pixel_of_a_class_that_no_label_has_is_no_loss_of_a_class() -> None:
+    class Stray(ByBrightness):
+        def infer(self, frames_NHWC: np.ndarray) -> np.ndarray:
+            labels_NHW = frames_NHWC[..., 0] % (len(self.metadata.classes) - 1)
+            labels_NHW[:, 0, 0] = self.stray
+            return labels_NHW
+
+    class Labelled(Seen):
+        def load(self, index: int) -> Any:
+            image = super().load(index)[0]
+            return image, image[..., 2] % (len(self.classes) - 1)
+
+    metadata = Metadata("m", SCENES.classes, SCENES.load(0)[0].shape[:2])
+    right, wrong = Stray(metadata), Stray(metadata)
+    right.stray, wrong.stray = int(Labelled(1).load(0)[1][0, 0]), len(SCENES.classes) - 1
+    for reference, candidate, sign in ((right, wrong, 1), (wrong, right, -1)):
+        drop = measure_drop(reference, candidate, Labelled(1), frames=1)
+        assert 0 < sign * drop.miou_drop < 0.01, "the class of the pixel's label has one pixel less"
+
+
 def test_a_damaged_image_is_bad_input_and_no_verdict() -> None:
     backend = ByBrightness(Metadata("m", SCENES.classes, (16, 16)))
     with pytest.raises(InputError, match=r"^2\.png is damaged"):
