@@ -154,6 +154,8 @@ class Mp4Sink(Sink):
             )
             self._left_out_ticks += beyond
             ticks -= beyond
+            if self._audio is not None:
+                self._audio.leave_out(time_s - beyond * self._time_base, time_s)
         self._last_pts.append(max(ticks, self._last_pts[-1] + 1))
         return self._last_pts[-1]
 
@@ -171,7 +173,8 @@ class Mp4Sink(Sink):
             if self._last_pts[-1] >= 0:
                 container.mux(self._stream.encode(None))
                 if self._audio is not None and wanted:
-                    self._audio.copy_until(self._last_pts[-1] * self._time_base + 1 / self._fps)
+                    last_s = (self._last_pts[-1] + self._left_out_ticks) * self._time_base
+                    self._audio.copy_until(last_s + 1 / self._fps)
             container.close()
         except Exception as full_disk:
             failure = full_disk
@@ -222,20 +225,29 @@ class AudioCopy:
         self._packets = self._demux(track)
         self._next = next(self._packets, None)
         self._last_dts: int | None = None
+        self._left_out_s = Fraction(0)
 
     def copy_until(self, time_s: float | Fraction) -> None:
-        """Copy the packets that begin before a time of the video."""
+        """Copy the packets that begin before a time of the source."""
         while self._next is not None:
             packet, begins_s = self._next
             if begins_s >= time_s:
                 return
             self._next = next(self._packets, None)
-            packet.dts = packet.pts = round(begins_s / packet.time_base)  # sound is coded in the order it is heard
+            # Sound is coded in the order it is heard.
+            packet.dts = packet.pts = round((begins_s - self._left_out_s) / packet.time_base)
             if self._last_dts is not None and packet.dts <= self._last_dts:  # damaged: no container takes it
                 continue
             self._last_dts = packet.dts
             packet.stream = self._stream
             self._output.mux(packet)
+
+    def leave_out(self, begin_s: float | Fraction, end_s: float | Fraction) -> None:
+        """Copy the packets that begin before a span of the source's time, drop those that begin in it and close the gap."""
+        self.copy_until(begin_s)
+        while self._next is not None and self._next[1] < end_s:
+            self._next = next(self._packets, None)
+        self._left_out_s += Fraction(end_s) - Fraction(begin_s)
 
     def _demux(self, track: AudioStream) -> Iterator[tuple[Packet[AudioStream], Fraction]]:
         """Give the packets with the times at which they begin, up to the end or to damage that ends the file."""

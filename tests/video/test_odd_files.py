@@ -306,7 +306,7 @@ def with_sound(tmp_path: Path) -> Path:
     """A second of video with AAC sound."""
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=25)
+        video = container.add_stream("libx264", rate=25, options={"bf": "0"})
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
         audio = container.add_stream("aac", rate=16000)
         for image in grey_frames(25):
@@ -349,6 +349,28 @@ def test_sound_of_joined_files_goes_on(with_sound: Path, tmp_path: Path) -> None
         times = [float(p.pts * p.time_base) for p in container.demux(audio=0) if p.size]
     assert np.diff(times) == pytest.approx(0.064, abs=0.03)  # 1024 samples, at 16 kHz
     assert times[-1] > 1.8
+
+
+def test_a_pause_that_is_cut_short_is_cut_in_the_sound_too(with_sound: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pause.mkv"
+    with av.open(str(with_sound)) as old, av.open(str(path), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if packet.dts is not None:
+                late = 0 if packet.pts * packet.time_base < 0.45 else int(20_000 / packet.time_base)
+                packet.dts, packet.pts = packet.dts + late, packet.pts + late
+                packet.stream = streams[packet.stream.index]
+                new.mux(packet)
+    with open_source(str(path)) as source:
+        sink = Mp4Sink(tmp_path / "out.mp4", audio_of=str(path))
+        process_video(source, Threshold(), sink, overlay=Overlay(CLASSES))
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        sound = [float(p.pts * p.time_base) for p in container.demux(audio=0) if p.size]
+    picture = read_back(tmp_path / "out.mp4")[0]
+    assert 16_000 < np.diff(picture).max() < 17_000
+    after = [time_s for time_s in sound if time_s > 10]
+    assert len(after) >= 8
+    assert (after[0], after[-1]) == pytest.approx((next(t for t in picture if t > 10), picture[-1]), abs=0.09)
 
 
 @pytest.mark.parametrize(("suffix", "says"), [(".mp4", "has no sound"), (".mkv", "has no sound")])
