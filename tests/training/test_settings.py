@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import segmentation_models_pytorch as smp
 from helpers import NETWORK, TINY, call_script, write_folder_dataset
 
-from aicsd_deploy.config import DistillConfig, validated
+from aicsd_deploy.config import DistillConfig, read_config, validated
 from aicsd_deploy.errors import InputError
 from aicsd_deploy.models import command_for
 from aicsd_deploy.training.resume import check_same_run
@@ -52,6 +53,13 @@ def test_the_random_scale_lies_above_0_and_up_to_8(scale: tuple[float, float], f
     else:
         with pytest.raises(InputError, match="above 0 and up to 8"):
             validated(DistillConfig, {"scale": scale})
+
+
+def test_a_setting_that_a_file_has_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("image_size: 96x128\nimage-size: 64x64\n")
+    with pytest.raises(InputError, match="'image_size' twice"):
+        read_config(DistillConfig, argparse.Namespace(config=file))
 
 
 def test_a_run_with_another_class_map_or_other_classes_is_not_gone_on_with(tmp_path: Path) -> None:
