@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ except ImportError as missing:
     ) from missing
 
 if TYPE_CHECKING:
+    from av import Packet
     from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 """For `av.open`: titles that are no UTF-8 are no reason to refuse a file, which PyAV knows by itself from 19 on."""
@@ -59,15 +62,12 @@ class FileSource(Source):
                 f"{self.name} is not a video that can be read ({error.strerror}). Check it in a player."
             ) from error
         try:
-            # Cover art is a video stream too, and plain text is read as the screen of a terminal.
-            streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams or self._container.format.name == "tty":
+            stream = picture_of(self._container)
+            if stream is None:
                 raise InputError(
                     f"{self.name} has no video in it (only {self._contents()}). Give a file with moving pictures."
                 )
-            # The one that FFmpeg's players show: an animated AVIF, for example, begins with a still picture.
-            best = self._container.streams.best("video")
-            self._stream = best if best in streams else streams[0]
+            self._stream = stream
             if self._stream.codec_context is None:
                 raise InputError(
                     f"{self.name} is coded in a way that this FFmpeg has no decoder for. Convert it to H.264, for example."
@@ -114,7 +114,7 @@ class FileSource(Source):
 
     def _decode(self) -> Iterator[tuple[UInt8Array, float]]:
         timeline = timeline_of(self._container, step_s=1 / self.fps)
-        packets = self._container.demux(self._stream)
+        packets = demux_noted(self._container, timeline)
         while True:
             asked_s = time.monotonic()
             try:
@@ -127,6 +127,8 @@ class FileSource(Source):
                 self.lost = self._is_address and not damaged
                 self.skipped += not self.lost
                 packet = None
+            if packet is not None and packet.stream_index != self._stream.index:
+                continue
             try:
                 decoded = self._stream.decode(packet)
             except av.error.EOFError:  # the last packet of a demuxer has flushed the decoder already
@@ -192,8 +194,31 @@ def open_container(path: Path | str) -> InputContainer:
     return container
 
 
+def picture_of(container: InputContainer) -> VideoStream | None:
+    """Return the moving picture that FFmpeg's players show: an animated AVIF, for example, begins with a still one."""
+    # Cover art is a video stream too, and plain text is read as the screen of a terminal.
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams or container.format.name == "tty":
+        return None
+    best = container.streams.best("video")
+    return next((s for s in streams if s == best), streams[0])
+
+
+def demux_noted(container: InputContainer, timeline: Timeline) -> Iterator[Packet[Any]]:
+    """Return the packets of the picture and of the first sound, each noted in a timeline of one of them."""
+    picture = picture_of(container)
+    streams = [*([picture] if picture else []), *container.streams.audio[:1]]
+    return map(partial(_noted, timeline), container.demux(streams))
+
+
+def _noted(timeline: Timeline, packet: Packet[Any]) -> Packet[Any]:
+    if packet.dts is not None:
+        timeline.note(packet.dts * packet.time_base, stream=packet.stream_index)
+    return packet
+
+
 def timeline_of(container: InputContainer, *, step_s: Fraction) -> Timeline:
-    """Return the timeline that all streams of a file share."""
+    """Return a timeline for one stream of a file; all begin together."""
     start_s = Fraction(container.start_time or 0, 1_000_000)  # transport streams begin at an arbitrary time
     return Timeline(start_s=start_s, step_s=step_s, may_jump=bool(container.format.flags & AVFMT_TS_DISCONT))
 

@@ -18,7 +18,7 @@ from aicsd_deploy.files import atomic_path
 from aicsd_deploy.runtime.base import UInt8Array
 from aicsd_deploy.video.sinks import VIDEO_SUFFIXES, Sink, keep_partial, partial_path, require_room
 from aicsd_deploy.video.sources import Frame, Source
-from aicsd_deploy.video.video_file import av, open_container, reformatter, timeline_of
+from aicsd_deploy.video.video_file import av, demux_noted, open_container, reformatter, timeline_of
 
 if TYPE_CHECKING:
     from av import Packet
@@ -251,7 +251,7 @@ class AudioCopy:
 
     def _demux(self, track: AudioStream) -> Iterator[tuple[Packet[AudioStream], Fraction]]:
         """Give the packets with the times at which they begin, up to the end or to damage that ends the file."""
-        packets = self._input.demux(track)
+        packets = demux_noted(self._input, self._timeline)
         while True:
             try:
                 packet = next(packets, None)
@@ -259,7 +259,7 @@ class AudioCopy:
                 return
             if packet is None:
                 return
-            if packet.dts is not None:
+            if packet.dts is not None and packet.stream_index == track.index:
                 yield packet, self._timeline.place(packet.dts * packet.time_base)
 
     def close(self) -> None:

@@ -116,6 +116,9 @@ def test_a_jump_ahead_is_one_only_where_the_format_may_jump() -> None:
 
     def times(may_jump: bool) -> list[float]:
         line = Timeline(start_s=Fraction(100), step_s=Fraction(1, 2), may_jump=may_jump)
+        for stamp in stamps:
+            if stamp is not None:
+                line.note(Fraction(stamp), stream=0)
         return [float(line.place(None if stamp is None else Fraction(stamp))) for stamp in stamps]
 
     # one stamp is hours off, one is there twice, one goes back a little more than it may, then the clock begins anew
@@ -349,6 +352,44 @@ def test_sound_of_joined_files_goes_on(with_sound: Path, tmp_path: Path) -> None
         times = [float(p.pts * p.time_base) for p in container.demux(audio=0) if p.size]
     assert np.diff(times) == pytest.approx(0.064, abs=0.03)  # 1024 samples, at 16 kHz
     assert times[-1] > 1.8
+
+
+def test_the_sound_goes_on_through_a_pause_of_the_picture(with_sound: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pause.ts"
+    with av.open(str(with_sound)) as old, av.open(str(path), "w") as new:
+        video, audio = (new.add_stream_from_template(kind[0]) for kind in (old.streams.video, old.streams.audio))
+        packets = [packet for packet in old.demux(video=0, audio=0) if packet.size]
+        sounds = [packet for packet in packets if packet.stream.type == "audio"]
+        out = [(float(n * 0.064), bytes(sounds[n % len(sounds)]), audio) for n in range(250)]
+        pictures = [packet for packet in packets if packet.stream.type == "video"]
+        out += [(n / 25 + 13 * (n >= 12), bytes(packet), video) for n, packet in enumerate(pictures)]
+        for time_s, data, stream in sorted(out, key=lambda item: item[0]):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base = stream, Fraction(1, 90_000)
+            packet.dts = packet.pts = round(time_s * 90_000)
+            new.mux(packet)
+    with open_source(str(path)) as source:
+        sink = Mp4Sink(tmp_path / "out.mkv", audio_of=str(path))
+        process_video(source, Threshold(), sink, overlay=Overlay(CLASSES))
+    times = read_back(tmp_path / "out.mkv")[0]
+    assert np.diff(times).max() == pytest.approx(13.04, abs=0.01)
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        sound = [float(p.pts * p.time_base) for p in container.demux(audio=0) if p.size]
+    assert np.diff(sound) == pytest.approx(0.064, abs=0.03)
+    assert sound[-1] == pytest.approx(times[-1], abs=0.1)
+
+
+def test_picture_and_sound_that_both_jump_go_on_together() -> None:
+    lines = [Timeline(start_s=Fraction(0), step_s=Fraction(1), may_jump=True) for _ in range(2)]
+    # the sound pauses from 2 to 16, where the picture goes on; at 500 the clock is another one; last, it begins anew
+    stamps = [(0, 0), (1, 0), (0, 1), (1, 1), *((0, n) for n in range(2, 16)), (1, 16), (0, 16), (1, 500), (0, 500)]
+    stamps += [(0, 0), (1, 501), (0, 1), (1, 0), (1, 1)]
+    times: list[list[int]] = [[], []]
+    for stream, stamp in stamps:
+        for line in lines:
+            line.note(Fraction(stamp), stream=stream)
+        times[stream].append(int(lines[stream].place(Fraction(stamp))))
+    assert times == [list(range(20)), [0, 1, 16, 17, 18, 19, 20]]
 
 
 def test_a_pause_that_is_cut_short_is_cut_in_the_sound_too(with_sound: Path, tmp_path: Path) -> None:
