@@ -116,7 +116,7 @@ def end_in_a_row(model: onnx.ModelProto) -> None:
 
 
 def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
-    constants = {tensor.name for tensor in graph.initializer}
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         if node.op_type == "Shape":  # of the frames, for upsampling to their size: that reads no pixel
@@ -127,7 +127,8 @@ def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProt
     tensor = graph.input[0].name
     while len(readers.get(tensor, [])) == 1:
         (node,) = readers[tensor]
-        if node.op_type == "Conv" and constants.issuperset(node.input[1:]):
+        # A grouped one would need a weight for each of the three channels.
+        if node.op_type == "Conv" and shapes.keys() >= set(node.input[1:]) and shapes[node.input[1]][1] == 3:
             return before, node
         # One of each is the preprocessing; a second one is the network's own.
         if node.op_type not in {"Cast", "Transpose", "Slice", "Mul", "Add"} - {n.op_type for n in before}:
@@ -136,5 +137,5 @@ def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProt
         tensor = node.output[0]
     raise InputError(
         "The preprocessing cannot be put into the first layer, as --target cpu does: this network does not begin with one "
-        "convolution, padded with zeros, that alone reads the normalised image. Use --target openvino, tensorrt or both."
+        "convolution, not grouped and padded with zeros, that alone reads the normalised image. Use --target openvino, tensorrt or both."
     )

@@ -102,6 +102,11 @@ class Scaling(nn.Module):
         return self.layer(2 * images + 1)
 
 
+class Depthwise(nn.Sequential):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Conv2d(3, 6, 3, 1, 1, groups=3), nn.Conv2d(6, num_classes, 1))
+
+
 class Branching(Scaling):
     def forward(self, images: Tensor) -> Tensor:
         return self.layer(images) + self.layer(images.flip(3))
@@ -132,6 +137,7 @@ class WithoutLayers(nn.Module):
     ("network", "target", "message"),
     [
         (Scaling, "cpu", "Use --target openvino"),
+        (Depthwise, "cpu", "Use --target openvino"),
         (Branching, "cpu", "Use --target openvino"),
         (Standardised, "cpu", "Use --target openvino"),
         (WithoutLayers, "tensorrt", "has no convolution"),
