@@ -30,7 +30,7 @@ def fold_preprocessing(model: onnx.ModelProto, metadata: Metadata) -> None:
         InputError: something else than the preprocessing of `DeployModule` stands before the first convolution.
     """
     graph = model.graph
-    before, conv = _nodes_before_first_conv(graph)
+    before, conv = _nodes_before_first_conv(graph, flipped=metadata.channel_order == "bgr")
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weight = constants[conv.input[1]]
     bias = constants[conv.input[2]] if len(conv.input) > 2 else np.zeros(len(weight))
@@ -115,8 +115,8 @@ def end_in_a_row(model: onnx.ModelProto) -> None:
     argmax.input[0], argmax.output[0] = rows, "aicsd_labels_in_a_row"
 
 
-def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
-    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+def _nodes_before_first_conv(graph: onnx.GraphProto, *, flipped: bool) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         if node.op_type == "Shape":  # of the frames, for upsampling to their size: that reads no pixel
@@ -128,11 +128,19 @@ def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProt
     while len(readers.get(tensor, [])) == 1:
         (node,) = readers[tensor]
         # A grouped one would need a weight for each of the three channels.
-        if node.op_type == "Conv" and shapes.keys() >= set(node.input[1:]) and shapes[node.input[1]][1] == 3:
+        if (
+            node.op_type == "Conv"
+            and constants.keys() >= set(node.input[1:])
+            and constants[node.input[1]].shape[1] == 3
+        ):
             return before, node
         # One of each is the preprocessing; a second one is the network's own.
         if node.op_type not in {"Cast", "Transpose", "Slice", "Mul", "Add"} - {n.op_type for n in before}:
             break
+        if node.op_type == "Slice":
+            axes_and_steps = [constants[name].tolist() for name in node.input[3:] if name in constants]
+            if not flipped or axes_and_steps != [[1], [-1]]:  # not the order of the channels
+                break
         before.append(node)
         tensor = node.output[0]
     raise InputError(

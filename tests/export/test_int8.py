@@ -31,7 +31,7 @@ from aicsd_deploy.export.cpu_graph import end_channels_last, fold_preprocessing
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.quantize import Quantizer, Target
 from aicsd_deploy.export.verify import compare
-from aicsd_deploy.metadata import ONNX_KEY, Metadata
+from aicsd_deploy.metadata import ONNX_KEY, ChannelOrder, Metadata
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runtime.base import open_backend
 from aicsd_deploy.runtime.frames import as_input
@@ -107,6 +107,11 @@ class Depthwise(nn.Sequential):
         super().__init__(nn.Conv2d(3, 6, 3, 1, 1, groups=3), nn.Conv2d(6, num_classes, 1))
 
 
+class Mirroring(Scaling):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flip(3))
+
+
 class Branching(Scaling):
     def forward(self, images: Tensor) -> Tensor:
         return self.layer(images) + self.layer(images.flip(3))
@@ -138,6 +143,7 @@ class WithoutLayers(nn.Module):
     [
         (Scaling, "cpu", "Use --target openvino"),
         (Depthwise, "cpu", "Use --target openvino"),
+        (Mirroring, "cpu", "Use --target openvino"),
         (Branching, "cpu", "Use --target openvino"),
         (Standardised, "cpu", "Use --target openvino"),
         (WithoutLayers, "tensorrt", "has no convolution"),
@@ -146,7 +152,9 @@ class WithoutLayers(nn.Module):
 def test_what_cannot_be_quantised_is_refused(
     network: type[nn.Module], target: str, message: str, tmp_path: Path
 ) -> None:
-    metadata = Metadata(f"test_int8:{network.__name__}", CLASSES, (64, 96), data="synthetic")
+    # Frames in red, green, blue need no Slice: the only one can be the network's own.
+    order: ChannelOrder = "rgb" if network is Mirroring else "bgr"
+    metadata = Metadata(f"test_int8:{network.__name__}", CLASSES, (64, 96), data="synthetic", channel_order=order)
     checkpoint = Checkpoint(metadata, build_model(metadata.model, num_classes=len(CLASSES)).state_dict())
     export_onnx(checkpoint.build(), metadata, tmp_path / "c.onnx")
     with pytest.raises(InputError, match=message):
