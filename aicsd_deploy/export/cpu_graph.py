@@ -76,14 +76,15 @@ def end_channels_last(model: onnx.ModelProto) -> None:
     A graph whose end looks otherwise, or whose frames may have any size, is left as it is.
     """
     graph = model.graph
-    argmax = next((node for node in graph.node if node.op_type == "ArgMax"), None)
+    argmax = _last_argmax(graph)
     resize = next((n for n in graph.node if argmax and n.op_type == "Resize" and n.output[0] == argmax.input[0]), None)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     if argmax is None or resize is None or len(resize.input) < 4 or resize.input[3] not in constants:
         return
     sizes = numpy_helper.to_array(constants[resize.input[3]])
     axis = next(attribute for attribute in argmax.attribute if attribute.name == "axis")
-    if sizes.size != 4 or axis.i != 1:
+    readers = [name for node in graph.node for name in node.input].count(resize.output[0])
+    if sizes.size != 4 or axis.i != 1 or readers != 1:
         return
     graph.initializer.append(numpy_helper.from_array(sizes[[0, 2, 3, 1]], "aicsd_sizes_nhwc"))
     transpose = helper.make_node("Transpose", [resize.input[0]], ["aicsd_logits_nhwc"], perm=[0, 2, 3, 1])
@@ -102,7 +103,7 @@ def end_in_a_row(model: onnx.ModelProto) -> None:
     A graph whose end looks otherwise, or whose frames may have any size, is left as it is.
     """
     graph = model.graph
-    argmax = next((node for node in graph.node if node.op_type == "ArgMax"), None)
+    argmax = _last_argmax(graph)
     labels_NHW = [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim]
     if argmax is None or len(labels_NHW) != 3 or 0 in labels_NHW:
         return
@@ -113,6 +114,15 @@ def end_in_a_row(model: onnx.ModelProto) -> None:
     graph.node.insert(place, helper.make_node("Reshape", [argmax.input[0], f"{rows}_shape"], [rows]))
     graph.node.insert(place + 2, helper.make_node("Reshape", ["aicsd_labels_in_a_row", "aicsd_labels_shape"], [result]))
     argmax.input[0], argmax.output[0] = rows, "aicsd_labels_in_a_row"
+
+
+def _last_argmax(graph: onnx.GraphProto) -> onnx.NodeProto | None:
+    """Return the ArgMax whose result, cast, are the labels: a network may have others of its own."""
+    makers = {name: node for node in graph.node for name in node.output}
+    node = makers.get(graph.output[0].name)
+    while node is not None and node.op_type == "Cast":
+        node = makers.get(node.input[0])
+    return node if node is not None and node.op_type == "ArgMax" else None
 
 
 def _nodes_before_first_conv(graph: onnx.GraphProto, *, flipped: bool) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
