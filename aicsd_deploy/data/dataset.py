@@ -242,6 +242,7 @@ def read_mask(
                 f"{path} is a JPEG. That format changes values where two classes meet, so that labels are wrong there. Make the "
                 "masks anew as PNG, from what they were drawn with; converting the file keeps the damage."
             )
+        widened = _widened(picture)
         _refuse_turned(picture, path)
         if picture.mode in ("RGB", "RGBA") and colors is not None:
             return _from_colors(np.asarray(picture.convert("RGB")), colors, path)
@@ -254,7 +255,7 @@ def read_mask(
         values = np.asarray(picture)
         if values.size and (values.max() > 255 or values.min() < 0):
             raise InputError(f"{path} holds label values {values.min()} to {values.max()}; they must lie in 0 to 255.")
-        values = values.astype(np.uint8)
+        values = values.astype(np.uint8) // widened
         palette = picture.getpalette() if picture.mode == "P" else None
         if palette and known is not None and _holds_values(palette, values, known):
             return np.asarray(np.array(palette[::3], dtype=np.uint8)[values])
@@ -346,6 +347,12 @@ def _is_deep(picture: ImageFile.ImageFile) -> bool:
     tiff_bits: tuple[int, ...] = getattr(picture, "tag_v2", {}).get(258, (8,))
     png_is_deep = picture.format == "PNG" and ";16" in str(picture.tile)
     return picture.mode.startswith(("I", "F")) or png_is_deep or max(tiff_bits) > 8
+
+
+def _widened(picture: ImageFile.ImageFile) -> int:
+    """Return by what Pillow multiplies the greys of a PNG of 2 or 4 bits, to make white of the largest. Only before they are loaded."""
+    tile = str(picture.tile) if picture.format == "PNG" else ""
+    return 85 if "'L;2'" in tile else 17 if "'L;4'" in tile else 1
 
 
 def _refuse_turned(picture: ImageFile.ImageFile, path: Path) -> None:

@@ -30,7 +30,7 @@ def fold_preprocessing(model: onnx.ModelProto, metadata: Metadata) -> None:
         InputError: something else than the preprocessing of `DeployModule` stands before the first convolution.
     """
     graph = model.graph
-    before, conv = _nodes_before_first_conv(graph)
+    before, conv = _nodes_before_first_conv(graph, flipped=metadata.channel_order == "bgr")
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weight = constants[conv.input[1]]
     bias = constants[conv.input[2]] if len(conv.input) > 2 else np.zeros(len(weight))
@@ -76,14 +76,15 @@ def end_channels_last(model: onnx.ModelProto) -> None:
     A graph whose end looks otherwise, or whose frames may have any size, is left as it is.
     """
     graph = model.graph
-    argmax = next((node for node in graph.node if node.op_type == "ArgMax"), None)
+    argmax = _last_argmax(graph)
     resize = next((n for n in graph.node if argmax and n.op_type == "Resize" and n.output[0] == argmax.input[0]), None)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     if argmax is None or resize is None or len(resize.input) < 4 or resize.input[3] not in constants:
         return
     sizes = numpy_helper.to_array(constants[resize.input[3]])
     axis = next(attribute for attribute in argmax.attribute if attribute.name == "axis")
-    if sizes.size != 4 or axis.i != 1:
+    readers = [name for node in graph.node for name in node.input].count(resize.output[0])
+    if sizes.size != 4 or axis.i != 1 or readers != 1:
         return
     graph.initializer.append(numpy_helper.from_array(sizes[[0, 2, 3, 1]], "aicsd_sizes_nhwc"))
     transpose = helper.make_node("Transpose", [resize.input[0]], ["aicsd_logits_nhwc"], perm=[0, 2, 3, 1])
@@ -102,7 +103,7 @@ def end_in_a_row(model: onnx.ModelProto) -> None:
     A graph whose end looks otherwise, or whose frames may have any size, is left as it is.
     """
     graph = model.graph
-    argmax = next((node for node in graph.node if node.op_type == "ArgMax"), None)
+    argmax = _last_argmax(graph)
     labels_NHW = [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim]
     if argmax is None or len(labels_NHW) != 3 or 0 in labels_NHW:
         return
@@ -115,8 +116,17 @@ def end_in_a_row(model: onnx.ModelProto) -> None:
     argmax.input[0], argmax.output[0] = rows, "aicsd_labels_in_a_row"
 
 
-def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
-    constants = {tensor.name for tensor in graph.initializer}
+def _last_argmax(graph: onnx.GraphProto) -> onnx.NodeProto | None:
+    """Return the ArgMax whose result, cast, are the labels: a network may have others of its own."""
+    makers = {name: node for node in graph.node for name in node.output}
+    node = makers.get(graph.output[0].name)
+    while node is not None and node.op_type == "Cast":
+        node = makers.get(node.input[0])
+    return node if node is not None and node.op_type == "ArgMax" else None
+
+
+def _nodes_before_first_conv(graph: onnx.GraphProto, *, flipped: bool) -> tuple[list[onnx.NodeProto], onnx.NodeProto]:
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         if node.op_type == "Shape":  # of the frames, for upsampling to their size: that reads no pixel
@@ -127,14 +137,23 @@ def _nodes_before_first_conv(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProt
     tensor = graph.input[0].name
     while len(readers.get(tensor, [])) == 1:
         (node,) = readers[tensor]
-        if node.op_type == "Conv" and constants.issuperset(node.input[1:]):
+        # A grouped one would need a weight for each of the three channels.
+        if (
+            node.op_type == "Conv"
+            and constants.keys() >= set(node.input[1:])
+            and constants[node.input[1]].shape[1] == 3
+        ):
             return before, node
         # One of each is the preprocessing; a second one is the network's own.
         if node.op_type not in {"Cast", "Transpose", "Slice", "Mul", "Add"} - {n.op_type for n in before}:
             break
+        if node.op_type == "Slice":
+            axes_and_steps = [constants[name].tolist() for name in node.input[3:] if name in constants]
+            if not flipped or axes_and_steps != [[1], [-1]]:  # not the order of the channels
+                break
         before.append(node)
         tensor = node.output[0]
     raise InputError(
         "The preprocessing cannot be put into the first layer, as --target cpu does: this network does not begin with one "
-        "convolution, padded with zeros, that alone reads the normalised image. Use --target openvino, tensorrt or both."
+        "convolution, not grouped and padded with zeros, that alone reads the normalised image. Use --target openvino, tensorrt or both."
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -419,6 +421,18 @@ def test_masks_of_any_whole_numbers_and_no_others(tmp_path: Path) -> None:
     Image.fromarray(values.astype(np.float32)).save(path)
     with pytest.raises(InputError, match=r"mode F\. Labels must be index masks"):
         read_mask(path)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_greys_of_a_few_bits_are_the_values_of_the_mask(bits: int, tmp_path: Path) -> None:
+    values = np.arange(16, dtype=np.uint8).reshape(2, 8) % 2**bits
+    rows = np.packbits(np.unpackbits(values[..., None], axis=2)[..., -bits:].reshape(2, -1), axis=1)
+    head = struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = [(b"IHDR", head), (b"IDAT", body), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert (read_mask(tmp_path / "a.png") == values).all()
 
 
 def test_a_mask_in_the_jpeg_format_of_phones_is_refused(tmp_path: Path) -> None:

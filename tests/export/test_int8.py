@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import CLASSES, call_script
 from onnx import numpy_helper
+from onnxruntime import InferenceSession
 from test_onnx import frames, random_checkpoint
 from torch import Tensor, nn
 
@@ -27,11 +28,11 @@ from aicsd_deploy.checkpoint import Checkpoint
 from aicsd_deploy.data.spec import open_dataset
 from aicsd_deploy.errors import InputError, MissingDependencyError, VerificationError
 from aicsd_deploy.export import int8_search
-from aicsd_deploy.export.cpu_graph import end_channels_last, fold_preprocessing
+from aicsd_deploy.export.cpu_graph import end_channels_last, end_in_a_row, fold_preprocessing
 from aicsd_deploy.export.onnx_export import export_onnx
 from aicsd_deploy.export.quantize import Quantizer, Target
 from aicsd_deploy.export.verify import compare
-from aicsd_deploy.metadata import ONNX_KEY, Metadata
+from aicsd_deploy.metadata import ONNX_KEY, ChannelOrder, Metadata
 from aicsd_deploy.models import build_model
 from aicsd_deploy.runtime.base import open_backend
 from aicsd_deploy.runtime.frames import as_input
@@ -93,6 +94,30 @@ def test_a_first_layer_without_a_bias_that_shares_its_weights_is_quantised(tmp_p
         assert compare(before, after, frames()).share > 0.85
 
 
+@pytest.mark.parametrize("end", [end_channels_last, end_in_a_row])
+def test_the_end_of_a_graph_is_told_from_an_argmax_of_the_networks_own(end: Any, tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]> agraph (float[1, 2, 2, 2] x) => (uint8[1, 4, 4] labels, float[1, 2, 4, 4] same)
+        <int64[4] sizes = {1, 2, 4, 4}> {
+            own = Resize <mode = "linear">(x, , , sizes)
+            first = ArgMax <axis = 1>(own)
+            factor = Cast <to = 1>(first)
+            scaled = Mul(own, factor)
+            full = Resize <mode = "linear">(scaled, , , sizes)
+            last = ArgMax <axis = 1, keepdims = 0>(full)
+            labels = Cast <to = 2>(last)
+            same = Identity(full)
+        }"""
+    )
+    frame = np.random.default_rng(0).standard_normal((1, 2, 2, 2)).astype(np.float32)
+    before = InferenceSession(model.SerializeToString()).run(["labels"], {"x": frame})[0]
+    end(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert next(node for node in model.graph.node if "first" in node.output).input[0] == "own"
+    assert (InferenceSession(model.SerializeToString()).run(["labels"], {"x": frame})[0] == before).all()
+    assert 0 < before.sum() < before.size
+
+
 class Scaling(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -100,6 +125,16 @@ class Scaling(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layer(2 * images + 1)
+
+
+class Depthwise(nn.Sequential):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Conv2d(3, 6, 3, 1, 1, groups=3), nn.Conv2d(6, num_classes, 1))
+
+
+class Mirroring(Scaling):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flip(3))
 
 
 class Branching(Scaling):
@@ -132,6 +167,8 @@ class WithoutLayers(nn.Module):
     ("network", "target", "message"),
     [
         (Scaling, "cpu", "Use --target openvino"),
+        (Depthwise, "cpu", "Use --target openvino"),
+        (Mirroring, "cpu", "Use --target openvino"),
         (Branching, "cpu", "Use --target openvino"),
         (Standardised, "cpu", "Use --target openvino"),
         (WithoutLayers, "tensorrt", "has no convolution"),
@@ -140,7 +177,9 @@ class WithoutLayers(nn.Module):
 def test_what_cannot_be_quantised_is_refused(
     network: type[nn.Module], target: str, message: str, tmp_path: Path
 ) -> None:
-    metadata = Metadata(f"test_int8:{network.__name__}", CLASSES, (64, 96), data="synthetic")
+    # Frames in red, green, blue need no Slice: the only one can be the network's own.
+    order: ChannelOrder = "rgb" if network is Mirroring else "bgr"
+    metadata = Metadata(f"test_int8:{network.__name__}", CLASSES, (64, 96), data="synthetic", channel_order=order)
     checkpoint = Checkpoint(metadata, build_model(metadata.model, num_classes=len(CLASSES)).state_dict())
     export_onnx(checkpoint.build(), metadata, tmp_path / "c.onnx")
     with pytest.raises(InputError, match=message):
