@@ -65,7 +65,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 def _replaceable(path: Path | str) -> Path:
     """Return where a file would be written: what `path` leads to, if it is a link. Raise InputError where a file cannot stand there."""
-    found = Path(os.path.realpath(path))
+    found = Path(os.path.realpath(path) if os.path.islink(path) else path)
     if found.is_dir():
         raise InputError(f"{path} is a folder, but a file is to be written there. Give a file name.")
     if found.exists() and not found.is_file():

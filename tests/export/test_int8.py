@@ -406,7 +406,7 @@ def test_the_best_method_on_unseen_training_images_is_proved_first(
         elif dataset is not val:
             images["choose"] = {dataset.name(i) for i in range(len(dataset))}
         miou = 0.6 if method == "float" else (on_val if dataset is val else on_train)[method]
-        return SimpleNamespace(scores=lambda names: SimpleNamespace(miou=miou))
+        return SimpleNamespace(scores=lambda names: SimpleNamespace(labelled_miou=miou))
 
     def frames_for_comparison(dataset: Any, *, count: int) -> list[Any]:
         images.setdefault("calibrate", {dataset.name(i) for i in range(len(dataset))})
