@@ -75,16 +75,15 @@ def newest_comparison() -> list[Path]:
     student = newest_checkpoint(role="student")
     if student is None:
         return [newest_artifact()]
-    teacher = (json.loads(student.with_name("summary.json").read_text(encoding="utf-8")).get("teacher") or {}).get(
-        "path"
-    )
+    summary = json.loads(student.with_name("summary.json").read_text(encoding="utf-8"))
+    teacher: str = summary["teacher"]["path"] if summary.get("teacher") else ""
     # A file exported from this very student lies beside it, or one folder up where the demo puts it.
     beside = [*student.parent.glob("student*.onnx"), *student.parent.parent.glob("student*.onnx")]
     exported = sorted(beside, key=lambda path: path.stat().st_mtime)[-1:]
     exported = [path for path in exported if path.stat().st_mtime >= student.stat().st_mtime]
     if teacher and not teacher.endswith(".pt"):
         say(f"To have its teacher measured too, export it first: python export/to_onnx.py {teacher} --data SPEC")
-    teachers = [Path(teacher)] if teacher and teacher.endswith(".pt") and Path(teacher).is_file() else []
+    teachers = [Path(teacher)] if teacher.endswith(".pt") and Path(teacher).is_file() else []
     return [*teachers, student, *exported]
 
 

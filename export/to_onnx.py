@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         found = open_alone(name, args.data, class_map=args.class_map, size_hw=args.image_size)
         network, metadata, digest = found.network, found.metadata, found.digest
-    out = args.out or (Path(name) if ours else Path("here")).with_name(f"{metadata.role}.onnx")
+    out = args.out or (Path(name).parent if ours else Path()) / f"{metadata.role}.onnx"
     keep_apart(args.json, Path(name), out)
     metadata = metadata.replace(
         image_size_hw=args.image_size or metadata.image_size_hw,

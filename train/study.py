@@ -62,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from aicsd_deploy.training import distributed
 
     distributed.start(choose_device(config.device))
-    out = distributed.from_main(
-        args.out or new_run_folder("study")
-    )  # named by the time, so not the same in each process
+    # The main process's: a folder that is named by the time may be another in each.
+    out = distributed.from_main(args.out or new_run_folder("study"))
     study = summarize(config, run_study(config, out))
     page = to_markdown(study, shlex.join(["python", "train/study.py", *sys.argv[1:]]))
     write_json(out / "study.json", study)

@@ -63,8 +63,10 @@ class Rule:
         """Return what the limit is compared with; without a baseline, where only values are limited, there is nothing old."""
         if self.kind == "value" or old is None:
             return new
+        if self.kind == "ratio" and old == 0:
+            return float("inf") if new else 1.0
         if self.kind == "ratio":
-            return new / old if old else float("inf") if new else 1.0
+            return new / old
         return new - old
 
 

@@ -222,8 +222,7 @@ def _candidate(
 ) -> Iterator[tuple[Backend, str]]:
     """Open the engine where it can run; else its very graph in ONNX Runtime, whatever the file it came from was made for."""
     precision = card.metadata.precision
-    engine = None if gpu is None else _opened(plan, card)
-    if gpu is not None and engine is not None:
+    if gpu is not None and (engine := _opened(plan, card)) is not None:
         with engine:
             yield engine, f"the engine on {gpu.name}"
         return

@@ -28,8 +28,9 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 
 
 def partial_path(path: Path) -> Path:
-    """Return where the frames until an error are kept: NAME.partial.SUFFIX."""
-    return path.with_suffix(f".partial{path.suffix}")
+    """Return where the frames until an error are kept: NAME.partial.SUFFIX, on the disk that a link leads to."""
+    real = path.resolve() if path.is_symlink() else path
+    return real.with_suffix(f".partial{path.suffix}")
 
 
 def keep_partial(temporary: Path, path: Path) -> None:
@@ -41,7 +42,8 @@ def keep_partial(temporary: Path, path: Path) -> None:
 
 def require_room(path: Path, needed_bytes: int) -> None:
     """Raise OSError, which names the output `path`, where its disk has not the room for what ends it."""
-    folder = next(place for place in (path, *path.parents) if place.is_dir())
+    real = path.resolve()  # a link may lead to another disk
+    folder = next(place for place in (real, *real.parents) if place.is_dir())
     if shutil.disk_usage(folder).free < needed_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 

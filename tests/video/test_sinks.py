@@ -263,3 +263,19 @@ def test_a_window_shows_frames_until_it_is_told_to_stop(
             if not sink.write(frame):
                 break
     assert len(pictures) == shown
+
+
+def test_what_a_link_leads_to_is_written_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link, real = tmp_path / "out.mp4", tmp_path / "disk/real.mp4"
+    link.symlink_to(real)
+    source = Numbered(2)
+    for error in (None, InputError("broken")):
+        sink = Mp4Sink(link).open(source)
+        for frame in source:
+            sink.write(frame)
+        sink.close(error)
+        assert link.is_symlink()
+        assert real.is_file()
+    assert (tmp_path / "disk/real.partial.mp4").is_file()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "out.mp4"]
